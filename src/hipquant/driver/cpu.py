@@ -1,0 +1,422 @@
+"""The CPU as a device: code objects are shared objects, memory is the process's own, streams run at once.
+
+A launch is one *node* (entry point, grid, block, parameters) that the runtime's pool of threads runs
+(`kernels/cpu/runtime.cpp`); a captured graph is a list of nodes that it runs in one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import platform
+import struct
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..codeobjects import QUANTIZED, CodeObjects
+from ..errors import DriverError, InvalidCodeObjectError, KernelNotFoundError, OutOfDeviceMemoryError
+from ..targets import CpuTarget, cpu_targets, host_machine, runtime_filename
+from ..wiring import KERNELS, Arg, Dim3, Kind
+
+ALIGNMENT = 64
+HUGE = 4 << 20  # allocations from here on are asked for in huge pages
+MAX_PARAMS = 16
+NODE_HEADER = "<Q3I3III"
+_SLOTS = {Kind.POINTER: "Q", Kind.INT32: "i4x", Kind.INT64: "q", Kind.SIZE: "Q", Kind.FLOAT32: "f4x"}
+_MACHINES = {62: "x86_64", 183: "aarch64"}  # ELF e_machine
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def available_memory() -> int | None:
+    """Bytes that the system can give, or None where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the processor time that its control group grants."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, -(-int(quota) // int(period))))
+    return cores
+
+
+class Buffer:
+    """A range of a device's memory: `address`, `nbytes`, and the owner that keeps it alive."""
+
+    __slots__ = ("_bytes", "address", "nbytes")
+
+    def __init__(self, data: Bytes) -> None:
+        self._bytes: Bytes | None = data
+        self.address, self.nbytes = int(data.ctypes.data), data.nbytes
+
+    @property
+    def bytes(self) -> Bytes:
+        """The memory itself: on the CPU a view, without a copy."""
+        if self._bytes is None:
+            raise ValueError("this buffer has been freed")
+        return self._bytes
+
+    def view(self, offset: int, nbytes: int) -> Buffer:
+        """A part of the buffer; it keeps the whole alive."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
+            raise ValueError(f"bytes {offset} to {offset + nbytes} are not within a buffer of {self.nbytes}")
+        return Buffer(self.bytes[offset : offset + nbytes])
+
+    def write(self, data: npt.NDArray[Any], offset: int = 0) -> None:
+        """Copies a host array into the buffer, `offset` bytes from its begin."""
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        self.view(offset, raw.nbytes).bytes[:] = raw
+
+    def read(self, dtype: npt.DTypeLike, shape: Sequence[int]) -> npt.NDArray[Any]:
+        """A copy of the buffer's begin as a host array."""
+        return self.array(dtype, shape).copy()
+
+    def array(self, dtype: npt.DTypeLike, shape: Sequence[int]) -> npt.NDArray[Any]:
+        """The buffer's begin as an array on the same memory."""
+        count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if count > self.nbytes:
+            raise ValueError(f"{count} bytes asked for from a buffer of {self.nbytes}")
+        return self.bytes[:count].view(dtype).reshape(tuple(shape))
+
+    def free(self) -> None:
+        """Gives the memory back as soon as nothing else uses it; the buffer is not usable any more."""
+        self._bytes, self.address, self.nbytes = None, 0, 0
+
+
+class _Runtime:
+    """The pool of threads: `runtime-<machine>.so`, loaded once a process."""
+
+    def __init__(self) -> None:
+        path = QUANTIZED.path(runtime_filename(host_machine()))
+        if path is None:
+            raise InvalidCodeObjectError(
+                f"this installation holds no runtime for {host_machine()} ({platform.system()}); it holds "
+                f"{QUANTIZED!r}. Install on this machine from source (pip install .), on Linux x86-64 or aarch64"
+            )
+        self.lib = ctypes.CDLL(str(path))
+        self.lib.hq_run.argtypes = [ctypes.c_char_p, ctypes.c_uint32]
+        self.lib.hq_set_threads.argtypes = [ctypes.c_uint32]
+        self.lib.hq_try_probe.argtypes = [ctypes.c_void_p]
+        os.register_at_fork(after_in_child=self.lib.hq_after_fork)
+
+    def run(self, nodes: bytes, count: int, what: str) -> None:
+        error = self.lib.hq_run(nodes, count)
+        if error:
+            raise DriverError("pthread_create", error, os.strerror(error), f"starting the threads that run {what}")
+
+
+_runtime_lock = threading.Lock()
+_runtime: _Runtime | None = None
+
+
+def runtime() -> _Runtime:
+    global _runtime
+    with _runtime_lock:
+        if _runtime is None:
+            _runtime = _Runtime()
+        return _runtime
+
+
+class Stream:
+    """An order of launches. The CPU runs each one at once; while a graph is captured, they are only recorded."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._graph: Graph | None = None
+
+    def synchronize(self) -> None:
+        """Returns when everything launched is done: on the CPU, at once."""
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[Graph]:
+        """`with stream.capture() as graph:` records the launches of the block instead of running them."""
+        if self._graph is not None:
+            raise RuntimeError("this stream is capturing a graph already")
+        self._graph = graph = Graph()
+        try:
+            yield graph
+        finally:
+            self._graph = None
+
+
+class Graph:
+    """A captured list of launches, run in one call. It keeps the memory that they use alive."""
+
+    def __init__(self) -> None:
+        self._nodes: list[bytes] = []
+        self._keep: list[object] = []
+        self._packed = b""
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def add(self, node: bytes, keep: object) -> None:
+        self._nodes.append(node)
+        self._keep.append(keep)
+
+    def launch(self, stream: Stream) -> None:
+        """Runs the nodes in order."""
+        if len(self._packed) != sum(map(len, self._nodes[:1])) * len(self._nodes):
+            self._packed = b"".join(self._nodes)
+        runtime().run(self._packed, len(self._nodes), "a graph")
+
+
+def _address(value: object, arg: Arg) -> int:
+    if isinstance(value, Buffer):
+        if not value.address and value._bytes is None:
+            raise ValueError(f"parameter {arg.name}: this buffer has been freed")
+        return value.address
+    if value is None:
+        return 0
+    if isinstance(value, np.ndarray):
+        if not value.flags.c_contiguous:
+            raise ValueError(f"parameter {arg.name}: the array must be C-contiguous, its strides are {value.strides}")
+        return int(value.ctypes.data)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    buffer = getattr(value, "buffer", None)
+    if isinstance(buffer, Buffer):
+        return buffer.address
+    raise TypeError(f"parameter {arg.name} ({arg.ctype}) must be a Buffer, an array, an address or None, not {value!r}")
+
+
+class Function:
+    """A kernel of a loaded module; it keeps the module."""
+
+    def __init__(self, module: Module, name: str, address: int) -> None:
+        self.module, self.name, self.address = module, name, address
+        row = KERNELS.get(name)
+        self.args: tuple[Arg, ...] = row.args if row else ()
+        self._pointers = tuple(a.kind is Kind.POINTER for a in self.args)
+        slots = "".join(_SLOTS[a.kind] for a in self.args)
+        self._node = struct.Struct(f"{NODE_HEADER}{slots}{8 * (MAX_PARAMS - len(self.args))}x")
+
+    def launch(self, grid: Dim3, block: Dim3, shared_mem: int, stream: Stream, params: Sequence[object]) -> None:
+        """Launches the kernel on `grid` blocks with the parameters of the wiring table, in its order.
+
+        A parameter is a `Buffer`, a tensor, a contiguous array, an address or None where the table has a pointer, and
+        a number elsewhere. Raises `TypeError` or `ValueError` for parameters that do not fit the table.
+        """
+        if len(params) != len(self.args):
+            expected = ", ".join(f"{a.ctype} {a.name}" for a in self.args)
+            raise TypeError(f"{self.name} takes {len(self.args)} parameters ({expected}), {len(params)} were given")
+        values = [
+            _address(p, a) if pointer else p for p, a, pointer in zip(params, self.args, self._pointers, strict=True)
+        ]
+        try:
+            node = self._node.pack(self.address, *grid, *block, shared_mem, len(values), *values)
+        except struct.error as e:
+            raise TypeError(f"{self.name}: grid {grid}, block {block} or a parameter does not fit its type: {e}") from None
+        if min(*grid, *block) < 1:
+            raise ValueError(f"{self.name}: grid {grid} and block {block} must be at least 1 in each direction")
+        if stream._graph is not None:
+            stream._graph.add(node, (self, params))
+        else:
+            runtime().run(node, 1, self.name)
+
+
+class Module:
+    """A loaded code object: `Module(path or bytes)`. `InvalidCodeObjectError` says what the bytes are instead."""
+
+    def __init__(self, code_object: Path | bytes, target: str = "this CPU") -> None:
+        self.target = target
+        self._functions: dict[str, Function] = {}
+        head = code_object[:20] if isinstance(code_object, bytes) else _head(code_object)
+        _check_elf(head, target)
+        try:
+            if isinstance(code_object, bytes):
+                fd = os.memfd_create("hipquant")
+                try:
+                    with open(fd, "wb", closefd=False) as f:
+                        f.write(code_object)
+                    self._lib = ctypes.CDLL(f"/proc/self/fd/{fd}")
+                finally:
+                    os.close(fd)
+            else:
+                self._lib = ctypes.CDLL(str(code_object))
+        except OSError as e:
+            raise InvalidCodeObjectError(f"the code object for {target} could not be loaded: {e}") from e
+
+    def get_function(self, name: str) -> Function:
+        """The kernel of this name; `KernelNotFoundError` with the nearest names otherwise."""
+        found = self._functions.get(name)
+        if found is None:
+            try:
+                address = ctypes.cast(getattr(self._lib, name), ctypes.c_void_p).value
+            except (AttributeError, ValueError):
+                raise KernelNotFoundError(name, self.target, KERNELS) from None
+            found = self._functions[name] = Function(self, name, address or 0)
+        return found
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            return f.read(20)
+    except OSError as e:
+        raise InvalidCodeObjectError(f"the code object {path.name} could not be read: {e.strerror}") from e
+
+
+def _check_elf(head: bytes, target: str) -> None:
+    """A CPU code object is a 64-bit little-endian ELF shared object for this machine."""
+    if head[:4] != b"\x7fELF" or len(head) < 20:
+        raise InvalidCodeObjectError(f"not a code object: the bytes begin with {head[:8]!r}, expected an ELF image")
+    kind, machine = struct.unpack_from("<HH", head, 16)
+    name = _MACHINES.get(machine, f"machine {machine}")
+    if head[4:6] != b"\x02\x01" or kind != 3 or name != host_machine():
+        what = {1: "relocatable object", 2: "program", 3: "shared object"}.get(kind, f"ELF file of type {kind}")
+        raise InvalidCodeObjectError(
+            f"this is a {what} for {name}; {target} needs a shared object for {host_machine()}"
+        )
+
+
+class Rejection(NamedTuple):
+    """A code object that a device does not use, and why."""
+
+    target: str
+    reason: str
+
+
+def processor_features() -> frozenset[str] | None:
+    """The words of /proc/cpuinfo, or None where there is no such file."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("flags", "Features"):
+                return frozenset(value.split())
+    return None
+
+
+def choose_target(objects: CodeObjects = QUANTIZED) -> tuple[CpuTarget, Path, list[Rejection]]:
+    """The best code object that this processor runs, and why better ones were rejected.
+
+    The features that the processor advertises are a first sieve; then the object's own probe must run in a child
+    process, as hypervisors advertise instructions that trap. HIPQUANT_CPU_TARGET names a target to take instead.
+    """
+    wanted, features = os.environ.get("HIPQUANT_CPU_TARGET"), processor_features()
+    rejected: list[Rejection] = []
+    for target in cpu_targets():
+        path = objects.path(target.filename)
+        missing = [f for f in target.features if features is not None and f not in features]
+        if wanted and target.name != wanted:
+            reason = f"HIPQUANT_CPU_TARGET asks for {wanted}"
+        elif target.machine != host_machine():
+            reason = f"for {target.machine}, this is {host_machine()}"
+        elif missing:
+            reason = f"the processor lacks {' '.join(missing)}"
+        elif path is None:
+            reason = "not in this installation"
+        else:
+            result = _probe(path)
+            if result == 1 or (result == 2 and features is not None):
+                return target, path, rejected
+            reason = f"the processor advertises it, but it ended with signal {-result}" if result < 0 else "wrong results"
+        rejected.append(Rejection(target.name, reason))
+    listed = "; ".join(f"{r.target}: {r.reason}" for r in rejected)
+    raise InvalidCodeObjectError(f"no code object for this processor. {listed}. Reinstall from source: pip install .")
+
+
+def _probe(path: Path) -> int:
+    probe = ctypes.cast(ctypes.CDLL(str(path)).hq_probe, ctypes.c_void_p)
+    return int(runtime().lib.hq_try_probe(probe))
+
+
+class Device:
+    """The CPU. `get_or_load_func(name, QUANTIZED)` gives a kernel of the best code object for it."""
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        self.target, self._path, self.rejected = choose_target()
+        self._modules: dict[object, Module] = {}
+        self._lock = threading.Lock()
+        self._threads = 0
+        self.threads = int(os.environ.get("HIPQUANT_THREADS") or usable_cores())
+        self.stream = Stream(self)
+        self.allocated = 0  # bytes in buffers of `allocate`
+
+    def __repr__(self) -> str:
+        return f"<cpu: {self.name}, {self.threads} threads, {self.target.name}>"
+
+    @property
+    def name(self) -> str:
+        """The processor's own name."""
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        return platform.processor() or host_machine()
+
+    @property
+    def threads(self) -> int:
+        """Threads that a launch runs on; settable, at least 1. One pool serves the whole process."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        if not 1 <= count <= 256:
+            raise ValueError(f"the number of threads must be from 1 to 256, not {count}")
+        runtime().lib.hq_set_threads(count)
+        self._threads = count
+
+    def get_or_load_func(self, name: str, code_object: CodeObjects | bytes) -> Function:
+        """The kernel `name` of a code object, which is loaded once: `QUANTIZED`, or the bytes of a shared object."""
+        with self._lock:
+            module = self._modules.get(code_object)
+            if module is None:
+                if isinstance(code_object, CodeObjects):
+                    path = self._path if code_object is QUANTIZED else choose_target(code_object)[1]
+                    module = Module(path, self.target.name)
+                else:
+                    module = Module(bytes(code_object))
+                self._modules[code_object] = module
+            return module.get_function(name)
+
+    def allocate(self, nbytes: int, purpose: str = "a buffer") -> Buffer:
+        """Uninitialized memory, aligned to 64 bytes; pages that are never touched cost nothing.
+
+        Raises `OutOfDeviceMemoryError` with what was asked for and what is free.
+        """
+        if nbytes < 0:
+            raise ValueError(f"{purpose}: {nbytes} bytes cannot be allocated")
+        try:
+            if nbytes < HUGE:
+                raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+                at = -int(raw.ctypes.data) % ALIGNMENT
+                data: Bytes = raw[at : at + nbytes]
+            else:
+                memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    with contextlib.suppress(OSError):  # a kernel without huge pages
+                        memory.madvise(mmap.MADV_HUGEPAGE)
+                data = np.frombuffer(memory, np.uint8)
+        except (MemoryError, OSError, ValueError, OverflowError):
+            raise OutOfDeviceMemoryError(nbytes, available_memory(), purpose) from None
+        self.allocated += nbytes
+        weakref.finalize(data, self._freed, nbytes)
+        return Buffer(data)
+
+    def _freed(self, nbytes: int) -> None:
+        self.allocated -= nbytes
+
+    def upload(self, data: npt.NDArray[Any]) -> Buffer:
+        """A contiguous host array as device memory: on the CPU the array's own memory, without a copy."""
+        return Buffer(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+
+    def synchronize(self) -> None:
+        """Returns when everything launched on the device is done: on the CPU, at once."""

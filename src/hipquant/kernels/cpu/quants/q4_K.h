@@ -1,0 +1,35 @@
+// Q4_K: | d half | dmin half | scales 12 bytes | qs 128 bytes |   256 weights in 8 sub-blocks of 32.
+// weight = d scale q - dmin min. Slice s is the low (s even) or high nibbles of bytes 32 (s / 2) ...
+#pragma once
+#include "k_scales.h"
+
+struct Q4_K {
+    static constexpr int kBlock = 256, kOffset = 0, kGroups = 1;
+    static constexpr bool kMin = true, kSigned = false;
+    struct Block {
+        uint16_t d, dmin;
+        uint8_t scales[12];
+        uint8_t qs[128];
+    };
+    static_assert(sizeof(Block) == 144);
+
+    HQ_INLINE u8x32 quants(const Block& b, int s) { return (load<u8x32>(b.qs + 32 * (s / 2)) >> 4 * (s % 2)) & 15; }
+    HQ_INLINE Slice slice(const Block& b, int s) {
+        return {quants(b, s), f32x8(half_to_float(b.d) * k_scale(b.scales, s)),
+                f32x8(-(half_to_float(b.dmin) * k_min(b.scales, s)))};
+    }
+
+    struct Packed {
+        KScales scales;
+        Nibbles qs[8];
+    };
+    static_assert(sizeof(Packed) == 16 * sizeof(Block));
+    HQ_INLINE void pack(Packed& p, const Block& b, int row) {
+        KScales::pack(p.scales, b.d, b.dmin, b.scales, row);
+        for (int s = 0; s < 8; s++) p.qs[s].pack(quants(b, s), row);
+    }
+    HQ_INLINE void weights(const Packed& p, int s, int at, vb w[8]) { p.qs[s].unpack(at, w); }
+    HQ_INLINE void scales(const Packed& p, int s, int at, vf* scale, vf* min) {
+        KScales::unpack(p.scales, s, at, scale, min);
+    }
+};

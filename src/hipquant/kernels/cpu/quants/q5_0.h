@@ -1,0 +1,34 @@
+// Q5_0: | d half | qh 4 bytes | qs 16 bytes |   weight j = d (q_j - 16); q_j = nibble j of qs (as in Q4_0) + 16 bit j of qh.
+#pragma once
+#include "../slice.h"
+
+struct Q5_0 {
+    static constexpr int kBlock = 32, kOffset = 16, kGroups = 1;
+    static constexpr bool kMin = false, kSigned = false;
+    struct Block {
+        uint16_t d;
+        uint8_t qh[4];
+        uint8_t qs[16];
+    };
+    static_assert(sizeof(Block) == 22);
+
+    HQ_INLINE u8x32 quants(const Block& b) { return nibbles(b.qs) | (bits(b.qh) & 16); }
+    HQ_INLINE Slice slice(const Block& b, int) { return {quants(b), f32x8(half_to_float(b.d)), {}}; }
+
+    struct Packed {
+        uint16_t d[16];
+        Bits qh;
+        Nibbles qs;
+    };
+    static_assert(sizeof(Packed) == 16 * sizeof(Block));
+    HQ_INLINE void pack(Packed& p, const Block& b, int row) {
+        p.d[row] = b.d;
+        p.qs.pack(quants(b) & 15, row);
+        p.qh.pack(quants(b) >> 4, row);
+    }
+    HQ_INLINE void weights(const Packed& p, int, int at, vb w[8]) {
+        p.qs.unpack(at, w);
+        p.qh.add<4>(at, w);
+    }
+    HQ_INLINE void scales(const Packed& p, int, int at, vf* scale, vf*) { scale[0] = load_halves(p.d + at); }
+};

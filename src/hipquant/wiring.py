@@ -1,0 +1,303 @@
+"""The kernel table: every kernel's name, arguments and launch geometry, written once for all three kinds of silicon.
+
+A kernel is a *name*, an *argument list* and a *launch geometry*. Code objects for AMD, NVIDIA and the CPU export the
+same names; loader, launcher, docs and tests read this table. The families of `COMPATIBILITY` are the 123 names that
+frameworks load by string. The other families belong to the engine.
+
+A *name profile* renames the families whose names carry a vendor: `hip` (`mul_mat_vec_q4_0_q8_1_hip1`) is the table's
+own, `cuda` (`mul_mat_vec_q4_0_q8_1_cuda1`) is what Candle's CUDA build loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from .errors import KernelNotFoundError
+from .quants import (
+    DEQUANTIZE_TYPES,
+    FLOAT_TYPES,
+    MATRIX_TYPES,
+    QK8_1,
+    WEIGHT_TYPES,
+    DequantizeArgs,
+    QuantType,
+    padded,
+)
+
+Dim3 = tuple[int, int, int]
+PROFILES = ("hip", "cuda")
+MAX_BATCH = 8  # columns that one mul_mat_vec kernel takes
+MAX_GRID_Y = 65535
+PACK_ROWS = 16  # rows that the engine's packed weights interleave
+
+
+class Kind(Enum):
+    """Kind of an argument: how it is passed, and its code in Python's `struct` module."""
+
+    POINTER = "Q"
+    INT32 = "i"
+    INT64 = "q"
+    SIZE = "Q "  # size_t; the blank keeps it apart from a pointer
+    FLOAT32 = "f"
+
+
+_KINDS = {"int": Kind.INT32, "int64_t": Kind.INT64, "size_t": Kind.SIZE, "float": Kind.FLOAT32}
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One argument: its C type and name."""
+
+    ctype: str
+    name: str
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.POINTER if self.ctype.endswith("*") else _KINDS[self.ctype]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table.
+
+    `grid(**sizes)` gives the grid for the sizes that the family's doc names; `block` is fixed. `batch` is the number
+    of activation columns for the kernels that are compiled per batch.
+    """
+
+    name: str
+    family: str
+    args: tuple[Arg, ...]
+    block: Dim3
+    grid: Callable[..., Dim3]
+    type: QuantType | None = None
+    output: str = "f32"
+    batch: int = 0
+
+    @property
+    def signature(self) -> str:
+        return f"void {self.name}({', '.join(f'{a.ctype} {a.name}' for a in self.args)})"
+
+
+def _args(text: str) -> tuple[Arg, ...]:
+    """`"const void* x, int k"` as arguments."""
+    pairs = (a.strip().rpartition(" ") for a in text.split(",") if a.strip())
+    return tuple(Arg(ctype, name) for ctype, _, name in pairs)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _quantize() -> Iterator[Kernel]:
+    """q8_1 activations; the grid takes `k` and `rows` (at most 65535 a launch)."""
+    yield Kernel(
+        "quantize_q8_1",
+        "quantize",
+        _args("const float* x, void* y, int kx, int kx_padded"),
+        (256, 1, 1),
+        lambda k, rows: (_ceil(padded(k), 256), rows, 1),
+    )
+
+
+def _dequantize() -> Iterator[Kernel]:
+    """Blocks to floats; the grid takes `elements`."""
+    for t in DEQUANTIZE_TYPES:
+        assert t.dequantize is not None
+        per_block, threads = t.dequantize.elements, t.dequantize.threads
+        for out, ctype in (("f32", "float*"), ("f16", "uint16_t*")):
+            tail = f", {t.dequantize.args.value}" if t.dequantize.args is not DequantizeArgs.GRID else ""
+            yield Kernel(
+                f"dequantize_block_{t.suffix}_{out}",
+                "dequantize",
+                _args(f"const void* x, {ctype} y{tail}"),
+                (threads, 1, 1),
+                lambda elements, per_block=per_block: (_ceil(elements, per_block), 1, 1),
+                t,
+                out,
+            )
+
+
+def _dequantize_mul_mat_vec() -> Iterator[Kernel]:
+    """Weights times one float column; the grid takes `nrows`."""
+    for t in WEIGHT_TYPES:
+        yield Kernel(
+            f"dequantize_mul_mat_vec_{t.name.lower()}" + ("" if t.is_super_block else "_hip"),
+            "dequantize_mul_mat_vec",
+            _args("const void* x, const float* y, float* dst, int ncols, int nrows"),
+            (32, 1, 1),
+            lambda nrows: (nrows, 1, 1),
+            t,
+        )
+
+
+def _mul_mat_vec() -> Iterator[Kernel]:
+    """Weights times 1 to 8 columns of q8_1; the grid takes `nrows`. `nrows_y` is the padded k."""
+    args = _args(
+        "const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int nrows_y, int nrows_dst",
+    )
+    for t in WEIGHT_TYPES:
+        for b in range(1, MAX_BATCH + 1):
+            rows = 1 if b == 1 else 2
+            yield Kernel(
+                f"mul_mat_vec_{t.suffix}_q8_1_hip{b}",
+                "mul_mat_vec",
+                args,
+                (32, 4 if b <= 4 else 2, 1),
+                lambda nrows, rows=rows: (_ceil(nrows, rows), 1, 1),
+                t,
+                batch=b,
+            )
+
+
+def _mul_mat() -> Iterator[Kernel]:
+    """Weights times any number of columns of q8_1; the grid takes `nrows` and `ncols`. `nrows_y` is the padded k."""
+    args = _args(
+        "const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int nrows_y, int nrows_dst",
+    )
+    for t in WEIGHT_TYPES:
+        assert t.tile is not None
+        mmq_x, mmq_y = t.tile
+        yield Kernel(
+            f"mul_mat_{t.suffix}",
+            "mul_mat",
+            args,
+            (32, 4, 1),
+            lambda nrows, ncols, mmq_x=mmq_x, mmq_y=mmq_y: (_ceil(nrows, mmq_y), _ceil(ncols, mmq_x), 1),
+            t,
+        )
+
+
+def _get_rows() -> Iterator[Kernel]:
+    """Rows of an embedding by id, as floats; the grid takes `nids` and `k`."""
+    for t in FLOAT_TYPES + WEIGHT_TYPES:
+        if t.is_super_block:
+            assert t.dequantize is not None
+            per_block, threads = 256, t.dequantize.threads
+        else:
+            per_block, threads = (256, 256) if t in FLOAT_TYPES else (512, 256)
+        yield Kernel(
+            f"get_rows_{t.suffix}",
+            "get_rows",
+            _args("const void* x, const uint32_t* ids, float* dst, int64_t k, size_t row_bytes"),
+            (threads, 1, 1),
+            lambda nids, k, per_block=per_block: (nids, min(_ceil(k, per_block), MAX_GRID_Y), 1),
+            t,
+        )
+
+
+def _engine() -> Iterator[Kernel]:
+    """The engine's own families: weights packed 16 rows together, and what a transformer needs beside products.
+
+    Activations of the packed family are *q8 tiles* (`kernels/cpu/tile.h`): 16 columns at a time, 32 values of each.
+    """
+    one = (1, 1, 1)
+    for t in WEIGHT_TYPES:
+        yield Kernel(
+            f"pack_{t.suffix}",
+            "pack",
+            _args("const void* x, void* y, int ncols, int nrows"),
+            one,
+            lambda nrows: (_ceil(nrows, PACK_ROWS), 1, 1),
+            t,
+        )
+        yield Kernel(
+            f"mul_mat_packed_{t.suffix}",
+            "mul_mat_packed",
+            _args("const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int nrows_dst"),
+            one,
+            lambda nrows: (_ceil(nrows, PACK_ROWS), 1, 1),
+            t,
+        )
+    for t in FLOAT_TYPES:
+        yield Kernel(
+            f"mul_mat_float_{t.suffix}",
+            "mul_mat_float",
+            _args("const void* x, const float* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int nrows_dst"),
+            one,
+            lambda nrows: (_ceil(nrows, PACK_ROWS), 1, 1),
+            t,
+        )
+
+    def kernel(name: str, family: str, args: str, grid: Callable[..., Dim3]) -> Kernel:
+        return Kernel(name, family, _args(args), one, grid)
+
+    yield kernel(
+        "quantize_q8_tiles",
+        "quantize_q8_tiles",
+        "const float* x, void* y, int k, int ncols",
+        lambda k, ncols: (_ceil(ncols, 16), _ceil(k, 1024), 1),
+    )
+    yield kernel(
+        "add_rms_norm_f32",
+        "norm",
+        "float* x, const float* residual, const float* weight, float* y, int n, float eps",
+        lambda rows: (rows, 1, 1),
+    )
+    yield kernel(
+        "rope_store_kv",
+        "rope",
+        "float* q, const float* k, const float* v, uint16_t* k_cache, uint16_t* v_cache, const float* rope,"
+        " const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context",
+        lambda ntokens: (ntokens, 1, 1),
+    )
+    yield kernel(
+        "attention_f16",
+        "attention",
+        "const float* q, const uint16_t* k_cache, const uint16_t* v_cache, float* dst, const int* position,"
+        " const int* slot, int ntokens, int n_head, int n_head_kv, int head_dim, int n_context, float scale",
+        lambda n_head_kv, ntokens: (n_head_kv, ntokens, 1),
+    )
+    yield kernel(
+        "silu_mul_f32",
+        "activation",
+        "const float* gate, const float* up, float* y, int n",
+        lambda n: (_ceil(n, 1024), 1, 1),
+    )
+    yield kernel(
+        "add_bias_f32",
+        "activation",
+        "float* x, const float* bias, int n",
+        lambda rows: (rows, 1, 1),
+    )
+
+
+COMPATIBILITY: tuple[Kernel, ...] = (
+    *_quantize(),
+    *_dequantize(),
+    *_dequantize_mul_mat_vec(),
+    *_mul_mat_vec(),
+    *_mul_mat(),
+)
+TABLE: tuple[Kernel, ...] = (*COMPATIBILITY, *_get_rows(), *_engine())
+KERNELS: dict[str, Kernel] = {k.name: k for k in TABLE}
+_BY_FAMILY = {(k.family, k.type, k.output, k.batch): k for k in TABLE}
+
+assert len(KERNELS) == len(TABLE), "kernel names must be unique"
+assert all(t.block_size % QK8_1 == 0 for t in WEIGHT_TYPES), "weights are multiplied 32 at a time"
+assert set(MATRIX_TYPES) == set(WEIGHT_TYPES + FLOAT_TYPES)
+
+
+def kernel(name: str) -> Kernel:
+    """The row of a kernel by name; `KernelNotFoundError` with the nearest names otherwise."""
+    try:
+        return KERNELS[name]
+    except KeyError:
+        raise KernelNotFoundError(name, "the wiring table", KERNELS) from None
+
+
+def find(family: str, type: QuantType | None = None, *, output: str = "f32", batch: int = 0) -> Kernel:
+    """The row of a family for a type, an output type and a batch."""
+    try:
+        return _BY_FAMILY[family, type, output, batch]
+    except KeyError:
+        wanted = " ".join(str(v) for v in (family, type, output, batch or "") if v)
+        raise KernelNotFoundError(wanted, "the wiring table", KERNELS) from None
+
+
+def profile(which: str) -> tuple[Kernel, ...]:
+    """The table under a name profile: `hip` as it is, `cuda` with the vendor's word in the names changed."""
+    if which not in PROFILES:
+        raise ValueError(f"unknown name profile {which!r}; there are {', '.join(PROFILES)}")
+    return TABLE if which == "hip" else tuple(replace(k, name=k.name.replace("_hip", "_cuda")) for k in TABLE)
