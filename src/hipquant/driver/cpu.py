@@ -387,10 +387,10 @@ class Device:
                 self._modules[code_object] = module
             return module.get_function(name)
 
-    def allocate(self, nbytes: int, purpose: str = "a buffer") -> Buffer:
+    def allocate(self, nbytes: int, purpose: str = "a buffer", *, sparse: bool = False) -> Buffer:
         """Uninitialized memory, aligned to 64 bytes; pages that are never touched cost nothing.
 
-        Raises `OutOfDeviceMemoryError` with what was asked for and what is free.
+        `sparse` memory is touched here and there only, as a KV cache is, and must not come in huge pages. Raises `OutOfDeviceMemoryError` with what was asked for and what is free.
         """
         if nbytes < 0:
             raise ValueError(f"{purpose}: {nbytes} bytes cannot be allocated")
@@ -401,9 +401,10 @@ class Device:
                 data: Bytes = raw[at : at + nbytes]
             else:
                 memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                if hasattr(mmap, "MADV_HUGEPAGE"):
+                advice = getattr(mmap, "MADV_NOHUGEPAGE" if sparse else "MADV_HUGEPAGE", None)
+                if advice is not None:
                     with contextlib.suppress(OSError):  # a kernel without huge pages
-                        memory.madvise(mmap.MADV_HUGEPAGE)
+                        memory.madvise(advice)
                 data = np.frombuffer(memory, np.uint8)
         except (MemoryError, OSError, ValueError, OverflowError):
             raise OutOfDeviceMemoryError(nbytes, available_memory(), purpose) from None

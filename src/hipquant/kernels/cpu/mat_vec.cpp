@@ -10,7 +10,8 @@ HQ_INLINE void row_times_q8_1(float sums[B], const typename Q::Block* row, const
     constexpr int kSlices = Q::kBlock / 32;
     const u8x32 ones = 1;
     f32x8 acc[B] = {};
-    for (int b = 0; b < nblocks; b++)
+    for (int b = 0; b < nblocks; b++) {
+        prefetch<sizeof(row[b])>(&row[b]);
         for (int s = 0; s < kSlices; s++) {
             const Slice w = Q::slice(row[b], s);
             for (int c = 0; c < B; c++) {
@@ -27,6 +28,7 @@ HQ_INLINE void row_times_q8_1(float sums[B], const typename Q::Block* row, const
                 acc[c] = fma(v, f32x8(half_to_float(block.d)), acc[c]);
             }
         }
+    }
     for (int c = 0; c < B; c++) sums[c] = sum(acc[c]);
 }
 

@@ -45,6 +45,13 @@ HQ_INLINE float half_to_float(uint16_t h) { return (float)__builtin_bit_cast(hal
 HQ_INLINE uint16_t float_to_half(float f) { return __builtin_bit_cast(uint16_t, (half_t)f); }
 HQ_INLINE float load_half(const void* p) { return half_to_float(load<uint16_t>(p)); }
 
+// Asks for N bytes that lie ahead in a stream of weights. Where a hypervisor leaves the hardware prefetcher weak, this
+// makes narrow products half as fast again (Xeon, Sapphire Rapids class, 2 cores, 2026-11-22).
+constexpr int kAhead = 4096;
+template <int N> HQ_INLINE void prefetch(const void* p) {
+    for (int i = 0; i < N; i += 64) __builtin_prefetch((const char*)p + kAhead + i);
+}
+
 // W halves to floats and back.
 HQ_INLINE vf load_halves(const void* p) {
 #if defined(__AVX512VNNI__)

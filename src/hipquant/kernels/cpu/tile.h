@@ -88,7 +88,11 @@ HQ_INLINE void multiply_tile(float acc[T][16], const typename Q::Packed* p, cons
         vf sums[T];
         for (int t = 0; t < T; t++) sums[t] = load<vf>(acc[t] + at);
         for (int b = 0; b < nblocks; b++)
-            for (int s = 0; s < kSlices; s++) multiply_slice<Q, T>(sums, p[b], s, at, y[b * kSlices + s]);
+            for (int s = 0; s < kSlices; s++) {
+                if (at == 0)
+                    prefetch<sizeof(p[b]) / kSlices>((const char*)&p[b] + sizeof(p[b]) / kSlices * s);
+                multiply_slice<Q, T>(sums, p[b], s, at, y[b * kSlices + s]);
+            }
         for (int t = 0; t < T; t++) store(acc[t] + at, sums[t]);
     }
 }

@@ -1,0 +1,46 @@
+"""Models by architecture: one file each, `Config` + `Model`, on the layers of `layers.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from ..driver import Device
+from ..driver import device as get_device
+from ..errors import InvalidModelFileError
+from ..gguf_file import GGUFFile
+from .model import Model
+
+ARCHITECTURES = {"llama": "llama"}  # general.architecture -> module
+DEMO = Path(__file__).parent.parent / "demo" / "demo.gguf"
+
+__all__ = ["ARCHITECTURES", "DEMO", "Model", "load"]
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    device: str | Device = "auto",
+    *,
+    context: int | None = None,
+    sequences: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Loads a GGUF model (default: the demo model of the package) onto a device.
+
+    `context` is the number of positions of a sequence (default: what the model was trained for, at most 8192),
+    `sequences` the number of independent sequences in the KV cache; its memory is used as it fills.
+    `progress(done, total)` is called with bytes of weights. Raises `InvalidModelFileError`,
+    `UnsupportedQuantTypeError`, `OutOfDeviceMemoryError` or `DeviceNotFoundError`.
+    """
+    file = GGUFFile(path if path is not None else DEMO)
+    architecture = file.require("general.architecture", str)
+    if architecture not in ARCHITECTURES:
+        raise InvalidModelFileError(
+            f"{file.path}: architecture {architecture!r} is not known; there are: {', '.join(ARCHITECTURES)}"
+        )
+    model: Model = import_module(f".{ARCHITECTURES[architecture]}", __name__).load(
+        file, get_device(device), context, sequences, progress
+    )
+    return model

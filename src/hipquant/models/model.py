@@ -1,0 +1,218 @@
+"""The base of all models: sequences in the KV cache, forward passes in chunks, captured decode steps, generation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..driver import Buffer, Graph
+from ..errors import ContextLengthError, TokenizerError
+from ..gguf_file import GGUFFile
+from .layers import Floats, KVCache, Weights
+
+if TYPE_CHECKING:
+    from ..generate import Generation
+    from ..sampling import SamplingParams
+    from ..tokenizer import Tokenizer
+
+CHUNK = 128  # tokens of one forward pass
+MAX_CAPTURED = 8  # tokens of a pass that is captured once and replayed
+
+
+class Model:
+    """A model on a device. `forward` gives logits, `generate` text; both may be called from several threads.
+
+    A *sequence* (0 to `sequences` - 1) is a slot of the KV cache with its own tokens; `cached(sequence)` lists them.
+    """
+
+    def __init__(
+        self, file: GGUFFile, weights: Weights, n_vocab: int, context: int, sequences: int, cache: KVCache
+    ) -> None:
+        self.file, self.device, self.kernels = file, weights.device, weights.kernels
+        self.n_vocab, self.context, self.sequences = n_vocab, context, sequences
+        self.weights_bytes, self.kv_cache = weights.memory, cache
+        self.tokens, self.positions, self.slots = (self.device.allocate(4 * CHUNK, "tokens") for _ in range(3))
+        self._logits = self.device.allocate(4 * n_vocab * MAX_CAPTURED, "logits")
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._cached: list[list[int]] = [[] for _ in range(sequences)]
+        self._busy: set[int] = set()
+        self._lock = threading.RLock()
+        self._tokenizer: Tokenizer | None = None
+
+    def _step(self, n: int, logits: Buffer | Floats, first: int) -> None:
+        """Launches the pass over n tokens that lie in the input buffers; logits[i] are of token first + i < n."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The model's own name, or its file's."""
+        return self.file.get("general.name", str, "") or self.file.path.stem
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the model file; `TokenizerError` if there is none."""
+        from ..tokenizer import Tokenizer, has_vocabulary
+
+        if self._tokenizer is None:
+            if not has_vocabulary(self.file.metadata):
+                raise TokenizerError(f"{self.file.path.name} has no vocabulary: it takes tokens, not text")
+            self._tokenizer = Tokenizer.from_metadata(self.file.metadata, self.n_vocab)
+        return self._tokenizer
+
+    def cached(self, sequence: int = 0) -> list[int]:
+        """The tokens of a sequence whose keys and values are in the cache."""
+        return list(self._cached[self._checked_sequence(sequence)])
+
+    def _checked_sequence(self, sequence: int) -> int:
+        if not 0 <= sequence < self.sequences:
+            raise ValueError(f"sequence must be from 0 to {self.sequences - 1}, not {sequence}")
+        return sequence
+
+    def _checked_tokens(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"tokens must be a list of one or more ids, not {ids.dtype} of shape {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.n_vocab:
+            raise ValueError(f"token ids must be from 0 to {self.n_vocab - 1}, found {ids.min()} to {ids.max()}")
+        return ids.astype(np.int64)
+
+    def forward(
+        self,
+        tokens: Sequence[int] | npt.NDArray[np.integer],
+        position: int,
+        *,
+        sequence: int = 0,
+        logits: Literal["last", "all"] = "last",
+    ) -> Floats:
+        """Logits of tokens that stand at `position` of a sequence: float32 [n_vocab], or [n_tokens, n_vocab] for "all".
+
+        `position` is at most the number of tokens in the cache; what the cache held from there on is replaced.
+        Raises ValueError for ids, positions and sequences out of range, `ContextLengthError` past the context.
+        """
+        ids, slot = self._checked_tokens(tokens), self._checked_sequence(sequence)
+        if logits not in ("last", "all"):
+            raise ValueError(f"logits must be 'last' or 'all', not {logits!r}")
+        with self._lock:
+            held = len(self._cached[slot])
+            if not 0 <= position <= held:
+                raise ValueError(f"position must be from 0 to {held}, the tokens that sequence {slot} holds, not {position}")
+            if position + len(ids) > self.context:
+                raise ContextLengthError(
+                    f"{position + len(ids)} tokens do not fit into the context of {self.context}; "
+                    "load the model with a larger context or shorten the text"
+                )
+            del self._cached[slot][position:]
+            every = np.empty((len(ids), self.n_vocab), np.float32) if logits == "all" else None
+            for at in range(0, len(ids), CHUNK):
+                part = ids[at : at + CHUNK]
+                last = at + len(part) == len(ids)
+                self._put(part, np.arange(position + at, position + at + len(part)), np.full(len(part), slot))
+                if every is not None:
+                    self._step(len(part), every[at : at + len(part)], 0)
+                else:
+                    self._run(len(part), 1 if last else 0)
+                self._cached[slot].extend(part.tolist())
+            return every if every is not None else self._logits.read(np.float32, (self.n_vocab,))
+
+    def forward_batch(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    ) -> Floats:
+        """One next token for each of several sequences in one pass: logits [n, n_vocab].
+
+        Each position must be the number of tokens that its sequence holds. At most 8 sequences.
+        """
+        ids, n = self._checked_tokens(tokens), len(tokens)
+        if not n == len(positions) == len(sequences) == len(set(sequences)) or n > MAX_CAPTURED:
+            raise ValueError(f"expected 1 to {MAX_CAPTURED} tokens with as many positions and different sequences")
+        with self._lock:
+            for position, sequence in zip(positions, sequences, strict=True):
+                held = len(self._cached[self._checked_sequence(sequence)])
+                if position != held:
+                    raise ValueError(f"sequence {sequence} holds {held} tokens, its next position is not {position}")
+                if position >= self.context:
+                    raise ContextLengthError(f"sequence {sequence} has filled the context of {self.context}")
+            self._put(ids, np.asarray(positions), np.asarray(sequences))
+            self._run(n, n)
+            for token, sequence in zip(ids.tolist(), sequences, strict=True):
+                self._cached[sequence].append(token)
+            return self._logits.read(np.float32, (n, self.n_vocab))
+
+    def _put(self, ids: npt.NDArray[np.integer], positions: npt.NDArray[np.integer], slots: npt.NDArray[np.integer]) -> None:
+        for buffer, values in ((self.tokens, ids), (self.positions, positions), (self.slots, slots)):
+            buffer.write(values.astype(np.int32))
+
+    def _run(self, n: int, n_logits: int) -> None:
+        """A pass over n tokens with logits of the last `n_logits`; short passes are captured once and replayed."""
+        first = n - n_logits
+        if n > MAX_CAPTURED:
+            self._step(n, self._logits, first)
+            return
+        graph = self._graphs.get((n, first))
+        if graph is None:
+            with self.device.stream.capture() as graph:
+                self._step(n, self._logits, first)
+            self._graphs[n, first] = graph
+        graph.launch(self.device.stream)
+
+    def extend(self, tokens: Sequence[int], sequence: int = 0) -> tuple[Floats, int]:
+        """Logits after `tokens`, the whole of a sequence, and how many of them had to be computed.
+
+        What the cache already holds of their beginning is not computed again.
+        """
+        with self._lock:
+            held = self._cached[self._checked_sequence(sequence)]
+            same = common_prefix(held, tokens)
+            same = min(same, len(tokens) - 1)
+            return self.forward(tokens[same:], same, sequence=sequence), len(tokens) - same
+
+    def reserve(self, tokens: Sequence[int]) -> int:
+        """A sequence that nobody generates on, the one whose cache begins most like `tokens`; 0 if all are in use."""
+        with self._lock:
+            free = [s for s in range(self.sequences) if s not in self._busy]
+            if not free:
+                return 0
+            best = max(free, key=lambda s: (common_prefix(self._cached[s], tokens), -len(self._cached[s])))
+            self._busy.add(best)
+            return best
+
+    def release(self, sequence: int) -> None:
+        """Ends the use of a reserved sequence; its cache is kept for who comes with the same beginning."""
+        with self._lock:
+            self._busy.discard(sequence)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        params: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        sequence: int | None = None,
+        parse_special: bool = False,
+        **sampling: object,
+    ) -> Generation:
+        """Text after a prompt, piece by piece: an iterator of strings that also counts tokens and takes the time.
+
+        `prompt` is text or token ids; `sampling` are fields of `SamplingParams` (temperature, top_k, top_p, min_p,
+        repetition_penalty, seed). Ends at an end token, a stop string, `max_tokens` or the end of the context.
+        """
+        from ..generate import Generation
+        from ..sampling import SamplingParams
+
+        if params is None:
+            params = SamplingParams(**sampling)  # type: ignore[arg-type]
+        elif sampling:
+            raise TypeError(f"give either params or {', '.join(sampling)}")
+        return Generation(self, prompt, max_tokens, params, stop, sequence, parse_special)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    n = min(len(a), len(b))
+    if list(a[:n]) == list(b[:n]):
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
