@@ -137,10 +137,13 @@ def dequantize_mul_mat_vec(w: Tensor, y: Activations, *, stream: Stream | None =
     return result
 
 
-def _as_q8_1(y: object, what: str, weights: Tensor, k: int, stream: Stream | None) -> Tensor:
-    """Activations in q8_1: as they are, or quantized now."""
+def _as_q8_1(y: object, what: str, weights: Tensor, most: int, stream: Stream | None) -> Tensor:
+    """Activations of 1 to `most` columns in q8_1: as they are, or quantized now."""
     given = y if isinstance(y, Tensor) and y.type is Q8_1 else _floats(y, what, weights)
-    _columns(given, what, k)
+    n = _columns(given, what, weights.shape[1])
+    if not 1 <= n <= most:
+        allowed = f"1 to {most} columns, not {n}; use mul_mat_via_q8_1" if n else "at least one column of activations"
+        raise ValueError(f"{what}: takes {allowed}")
     return given if given.type is Q8_1 else quantize_q8_1(given, stream=stream)
 
 
@@ -148,9 +151,7 @@ def mul_mat_vec_via_q8_1(w: Tensor, y: Activations, *, stream: Stream | None = N
     """Weights (rows, k) times 1 to 8 columns (k,) or (columns, k), quantized to q8_1 first unless they are already."""
     what = "mul_mat_vec_via_q8_1"
     weights, rows, k = _matrix(w, what)
-    columns = _as_q8_1(y, what, weights, k, stream)
-    if not 1 <= columns.rows <= wiring.MAX_BATCH:
-        raise ValueError(f"{what}: takes 1 to {wiring.MAX_BATCH} columns, not {columns.rows}; use mul_mat_via_q8_1")
+    columns = _as_q8_1(y, what, weights, wiring.MAX_BATCH, stream)
     result = _result(weights, columns, rows)
     kernel = wiring.find("mul_mat_vec", weights.type, batch=columns.rows)
     launch(kernel, weights, stream, kernel.grid(nrows=rows), [weights, columns, result, k, rows, padded(k), rows])
@@ -161,9 +162,7 @@ def mul_mat_via_q8_1(w: Tensor, y: Activations, *, stream: Stream | None = None)
     """Weights (rows, k) times any number of columns (columns, k), quantized to q8_1 first unless they are already."""
     what = "mul_mat_via_q8_1"
     weights, rows, k = _matrix(w, what)
-    columns = _as_q8_1(y, what, weights, k, stream)
-    if columns.rows < 1:
-        raise ValueError(f"{what}: needs at least one column of activations, the shape is {columns.shape}")
+    columns = _as_q8_1(y, what, weights, 1 << 31, stream)
     result, kernel = _result(weights, columns, rows), wiring.find("mul_mat", weights.type)
     assert weights.type.tile is not None
     step = MAX_ROWS * weights.type.tile[0]  # columns of one launch

@@ -85,7 +85,7 @@ class Tensor:
             return self.buffer.array(dtype, self.shape)
         return self.buffer.array(np.uint8, (*self.shape[:-1], self.row_bytes))
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> npt.NDArray[Any]:
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:

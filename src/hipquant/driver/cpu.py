@@ -221,7 +221,9 @@ class Function:
         try:
             node = self._node.pack(self.address, *grid, *block, shared_mem, len(values), *values)
         except struct.error as e:
-            raise TypeError(f"{self.name}: grid {grid}, block {block} or a parameter does not fit its type: {e}") from None
+            raise TypeError(
+                f"{self.name}: grid {grid}, block {block} or a parameter does not fit its type: {e}"
+            ) from None
         if min(*grid, *block) < 1:
             raise ValueError(f"{self.name}: grid {grid} and block {block} must be at least 1 in each direction")
         if stream._graph is not None:
@@ -236,8 +238,7 @@ class Module:
     def __init__(self, code_object: Path | bytes, target: str = "this CPU") -> None:
         self.target = target
         self._functions: dict[str, Function] = {}
-        head = code_object[:20] if isinstance(code_object, bytes) else _head(code_object)
-        _check_elf(head, target)
+        _check_elf(code_object, target)
         try:
             if isinstance(code_object, bytes):
                 fd = os.memfd_create("hipquant")
@@ -264,17 +265,24 @@ class Module:
         return found
 
 
-def _head(path: Path) -> bytes:
+def _read(code_object: Path | bytes, start: int, length: int) -> bytes:
+    if isinstance(code_object, bytes):
+        return code_object[start : start + length]
     try:
-        with open(path, "rb") as f:
-            return f.read(20)
+        with open(code_object, "rb") as f:
+            f.seek(start)
+            return f.read(length)
     except OSError as e:
-        raise InvalidCodeObjectError(f"the code object {path.name} could not be read: {e.strerror}") from e
+        raise InvalidCodeObjectError(f"the code object {code_object.name} could not be read: {e.strerror}") from e
 
 
-def _check_elf(head: bytes, target: str) -> None:
-    """A CPU code object is a 64-bit little-endian ELF shared object for this machine."""
-    if head[:4] != b"\x7fELF" or len(head) < 20:
+def _check_elf(code_object: Path | bytes, target: str) -> None:
+    """A CPU code object is a whole 64-bit little-endian ELF shared object for this machine.
+
+    The system's loader maps what a truncated file lacks, and the process would die when it is touched.
+    """
+    head = _read(code_object, 0, 64)
+    if head[:4] != b"\x7fELF" or len(head) < 64:
         raise InvalidCodeObjectError(f"not a code object: the bytes begin with {head[:8]!r}, expected an ELF image")
     kind, machine = struct.unpack_from("<HH", head, 16)
     name = _MACHINES.get(machine, f"machine {machine}")
@@ -283,6 +291,17 @@ def _check_elf(head: bytes, target: str) -> None:
         raise InvalidCodeObjectError(
             f"this is a {what} for {name}; {target} needs a shared object for {host_machine()}"
         )
+    size = len(code_object) if isinstance(code_object, bytes) else code_object.stat().st_size
+    offset, (entry, count) = struct.unpack_from("<Q", head, 32)[0], struct.unpack_from("<HH", head, 54)
+    segments = _read(code_object, offset, entry * count) if entry == 56 and offset < size else b""
+    if len(segments) != 56 * count or not count:
+        raise InvalidCodeObjectError(f"the code object is damaged: its {count} program headers are not in the file")
+    for at in range(0, len(segments), 56):
+        start, _, _, length = struct.unpack_from("<4Q", segments, at + 8)
+        if start + length > size:
+            raise InvalidCodeObjectError(
+                f"the code object is truncated: a segment ends at byte {start + length}, the file at {size}; rebuild it"
+            )
 
 
 class Rejection(NamedTuple):
@@ -325,7 +344,9 @@ def choose_target(objects: CodeObjects = QUANTIZED) -> tuple[CpuTarget, Path, li
             result = _probe(path)
             if result == 1 or (result == 2 and features is not None):
                 return target, path, rejected
-            reason = f"the processor advertises it, but it ended with signal {-result}" if result < 0 else "wrong results"
+            reason = (
+                f"the processor advertises it, but it ended with signal {-result}" if result < 0 else "wrong results"
+            )
         rejected.append(Rejection(target.name, reason))
     listed = "; ".join(f"{r.target}: {r.reason}" for r in rejected)
     raise InvalidCodeObjectError(f"no code object for this processor. {listed}. Reinstall from source: pip install .")
@@ -390,7 +411,8 @@ class Device:
     def allocate(self, nbytes: int, purpose: str = "a buffer", *, sparse: bool = False) -> Buffer:
         """Uninitialized memory, aligned to 64 bytes; pages that are never touched cost nothing.
 
-        `sparse` memory is touched here and there only, as a KV cache is, and must not come in huge pages. Raises `OutOfDeviceMemoryError` with what was asked for and what is free.
+        `sparse` memory is touched here and there only, as a KV cache is, and must not come in huge pages.
+        Raises `OutOfDeviceMemoryError` with what was asked for and what is free.
         """
         if nbytes < 0:
             raise ValueError(f"{purpose}: {nbytes} bytes cannot be allocated")

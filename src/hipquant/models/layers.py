@@ -98,7 +98,9 @@ class Weights:
             self.file.fail(f"tensor {name!r} is missing; the file is not a whole model: download or convert it again")
         if len(info.shape) != len(shape) or any(want not in (0, n) for n, want in zip(info.shape, shape, strict=True)):
             wanted = tuple(n or "any" for n in shape)
-            self.file.fail(f"tensor {name!r} has shape {info.shape}, the metadata says {wanted}; convert the model again")
+            self.file.fail(
+                f"tensor {name!r} has shape {info.shape}, the metadata says {wanted}; convert the model again"
+            )
         return info
 
     def vector(self, name: str, n: int) -> Buffer:
@@ -202,7 +204,7 @@ class Rope:
             frequency = frequency / self.factor * (1 - keep) + frequency * keep
             scale = self.attention_factor
             if self.extrapolation:
-                scale *= 1 + 0.1 * math.log(self.factor)
+                scale *= 1 + 0.1 * math.log(max(self.factor, 1))
         angle = np.arange(n_context, dtype=np.float64)[:, None] * frequency
         return (np.stack([np.cos(angle), np.sin(angle)], axis=-1) * scale).astype(np.float32)
 

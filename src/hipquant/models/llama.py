@@ -6,7 +6,7 @@ Pre-norm blocks with grouped-query attention, rotary positions on neighbouring p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,10 +84,8 @@ def _positive(file: GGUFFile, key: str, most: float, default: float | None = Non
 
 
 def _rope(file: GGUFFile, n_rot: int, n_context: int) -> Rope:
-    scaling = file.get("llama.rope.scaling.type", str, "none")
+    scaling = file.get("llama.rope.scaling.type", str, "linear")  # a factor alone means linear scaling
     legacy = file.get("llama.rope.scale_linear", float, 0.0)
-    if legacy and scaling == "none":
-        scaling = "linear"
     if scaling not in ("none", "linear", "yarn"):
         file.fail(f"key 'llama.rope.scaling.type' is {scaling!r}; supported: none, linear, yarn")
     factor = _positive(file, "llama.rope.scaling.factor", 1e6, legacy or 1.0)
@@ -226,14 +224,9 @@ def load(
     factors = file.tensors.get("rope_freqs.weight")
     weights = Weights(file, device, progress)
     if factors is not None:
-        values = weights.vector("rope_freqs.weight", config.rope.n_rot // 2).read(np.float32, (config.rope.n_rot // 2,))
+        n = config.rope.n_rot // 2
+        values = weights.vector("rope_freqs.weight", n).read(np.float32, (n,))
         if not (values > 0).all():
             file.fail("tensor 'rope_freqs.weight' must be above 0 everywhere; convert the model again")
-        config = _with_factors(config, values)
+        config = replace(config, rope=replace(config.rope, factors=values))
     return Llama(file, config, weights, context or min(config.n_context, MAX_DEFAULT_CONTEXT), sequences)
-
-
-def _with_factors(config: Config, factors: Floats) -> Config:
-    from dataclasses import replace
-
-    return replace(config, rope=replace(config.rope, factors=factors))

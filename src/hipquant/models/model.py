@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..driver import Buffer, Graph
 from ..errors import ContextLengthError, TokenizerError
-from ..gguf_file import GGUFFile
+from ..gguf_file import GGUFFile, StringArray
 from .layers import Floats, KVCache, Weights
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class Model:
         if self._tokenizer is None:
             if not has_vocabulary(self.file.metadata):
                 raise TokenizerError(f"{self.file.path.name} has no vocabulary: it takes tokens, not text")
-            self._tokenizer = Tokenizer.from_metadata(self.file.metadata, self.n_vocab)
+            lists = {k: v.tolist() if isinstance(v, StringArray) else v for k, v in self.file.metadata.items()}
+            self._tokenizer = Tokenizer.from_metadata(lists, self.n_vocab)
         return self._tokenizer
 
     def cached(self, sequence: int = 0) -> list[int]:
@@ -87,10 +88,12 @@ class Model:
         *,
         sequence: int = 0,
         logits: Literal["last", "all"] = "last",
+        progress: Callable[[int, int], None] | None = None,
     ) -> Floats:
         """Logits of tokens that stand at `position` of a sequence: float32 [n_vocab], or [n_tokens, n_vocab] for "all".
 
         `position` is at most the number of tokens in the cache; what the cache held from there on is replaced.
+        `progress(done, total)` is called with tokens, after each part of a long prompt.
         Raises ValueError for ids, positions and sequences out of range, `ContextLengthError` past the context.
         """
         ids, slot = self._checked_tokens(tokens), self._checked_sequence(sequence)
@@ -99,7 +102,9 @@ class Model:
         with self._lock:
             held = len(self._cached[slot])
             if not 0 <= position <= held:
-                raise ValueError(f"position must be from 0 to {held}, the tokens that sequence {slot} holds, not {position}")
+                raise ValueError(
+                    f"position must be from 0 to {held}, the tokens that sequence {slot} holds, not {position}"
+                )
             if position + len(ids) > self.context:
                 raise ContextLengthError(
                     f"{position + len(ids)} tokens do not fit into the context of {self.context}; "
@@ -116,11 +121,11 @@ class Model:
                 else:
                     self._run(len(part), 1 if last else 0)
                 self._cached[slot].extend(part.tolist())
+                if progress is not None:
+                    progress(at + len(part), len(ids))
             return every if every is not None else self._logits.read(np.float32, (self.n_vocab,))
 
-    def forward_batch(
-        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
-    ) -> Floats:
+    def forward_batch(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> Floats:
         """One next token for each of several sequences in one pass: logits [n, n_vocab].
 
         Each position must be the number of tokens that its sequence holds. At most 8 sequences.
@@ -141,7 +146,9 @@ class Model:
                 self._cached[sequence].append(token)
             return self._logits.read(np.float32, (n, self.n_vocab))
 
-    def _put(self, ids: npt.NDArray[np.integer], positions: npt.NDArray[np.integer], slots: npt.NDArray[np.integer]) -> None:
+    def _put(
+        self, ids: npt.NDArray[np.integer], positions: npt.NDArray[np.integer], slots: npt.NDArray[np.integer]
+    ) -> None:
         for buffer, values in ((self.tokens, ids), (self.positions, positions), (self.slots, slots)):
             buffer.write(values.astype(np.int32))
 
@@ -158,7 +165,9 @@ class Model:
             self._graphs[n, first] = graph
         graph.launch(self.device.stream)
 
-    def extend(self, tokens: Sequence[int], sequence: int = 0) -> tuple[Floats, int]:
+    def extend(
+        self, tokens: Sequence[int], sequence: int = 0, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[Floats, int]:
         """Logits after `tokens`, the whole of a sequence, and how many of them had to be computed.
 
         What the cache already holds of their beginning is not computed again.
@@ -167,7 +176,8 @@ class Model:
             held = self._cached[self._checked_sequence(sequence)]
             same = common_prefix(held, tokens)
             same = min(same, len(tokens) - 1)
-            return self.forward(tokens[same:], same, sequence=sequence), len(tokens) - same
+            logits = self.forward(tokens[same:], same, sequence=sequence, progress=progress)
+            return logits, len(tokens) - same
 
     def reserve(self, tokens: Sequence[int]) -> int:
         """A sequence that nobody generates on, the one whose cache begins most like `tokens`; 0 if all are in use."""
@@ -193,12 +203,14 @@ class Model:
         stop: Sequence[str] = (),
         sequence: int | None = None,
         parse_special: bool = False,
+        progress: Callable[[int, int], None] | None = None,
         **sampling: object,
     ) -> Generation:
         """Text after a prompt, piece by piece: an iterator of strings that also counts tokens and takes the time.
 
         `prompt` is text or token ids; `sampling` are fields of `SamplingParams` (temperature, top_k, top_p, min_p,
         repetition_penalty, seed). Ends at an end token, a stop string, `max_tokens` or the end of the context.
+        `progress(done, total)` is called with tokens of the prompt.
         """
         from ..generate import Generation
         from ..sampling import SamplingParams
@@ -207,7 +219,7 @@ class Model:
             params = SamplingParams(**sampling)  # type: ignore[arg-type]
         elif sampling:
             raise TypeError(f"give either params or {', '.join(sampling)}")
-        return Generation(self, prompt, max_tokens, params, stop, sequence, parse_special)
+        return Generation(self, prompt, max_tokens, params, stop, sequence, parse_special, progress)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -1,1 +1,1 @@
-"""Builds code objects with the PyPI package `ziglang`. Needed to build, never to run; imports nothing but the tables."""
+"""Builds code objects with the PyPI package `ziglang`: needed to build, never to run."""

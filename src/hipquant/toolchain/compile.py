@@ -73,7 +73,8 @@ def _compile(source: Path, triple: str, flags: Iterable[str], to: Path) -> None:
     import ziglang
 
     builtins = Path(ziglang.__file__).parent / "lib"  # clang's own headers: stdint.h, immintrin.h, arm_neon.h
-    arguments = ["clang", "-target", triple, "-resource-dir", str(builtins), *flags, *FLAGS, f"-I{SOURCES}", f"-I{to.parent}", "-c", str(source)]
+    machine = ["-target", triple, "-resource-dir", str(builtins), *flags]
+    arguments = ["clang", *machine, *FLAGS, f"-I{SOURCES}", f"-I{to.parent}", "-c", str(source)]
     _run([*arguments, "-o", str(to)], f"compiling {source.name} for {triple} {' '.join(flags)}")
 
 
