@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ class Generation:
         stop: Sequence[str],
         sequence: int | None,
         parse_special: bool,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if max_tokens is not None and max_tokens < 0:
             raise ValueError(f"max_tokens must be 0 or more, not {max_tokens}")
@@ -66,6 +67,7 @@ class Generation:
         if sequence is not None:
             model._checked_sequence(sequence)
         self.sequence, self.tokens = sequence, list[int]()
+        self._progress = progress
         self.timings, self.finish_reason = Timings(prompt_tokens=len(self.prompt)), ""
         self._pieces = self._run(stop)
 
@@ -105,7 +107,7 @@ class Generation:
         text = _Text(model, self.prompt)
         begun = time.perf_counter()
         while True:
-            logits, computed = model.extend(every, sequence)
+            logits, computed = model.extend(every, sequence, None if self.tokens else self._progress)
             token = sampler.sample(logits, every)
             now = time.perf_counter()
             self._count(now - begun, computed)

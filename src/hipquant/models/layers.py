@@ -124,8 +124,8 @@ class Weights:
         """A matrix as it lies in the file, for `get_rows`: mapped, not copied."""
         info = self.info(name, (rows, k))
         self._check_type(info)
-        for _ in self._checked_parts(info, max(1, PACK_AT_ONCE // info.type.row_bytes(k)), k):
-            pass
+        for _, _, part in self._checked_parts(info, max(1, PACK_AT_ONCE // info.type.row_bytes(k)), k):
+            self._count(part.nbytes, 0)
         return self.device.upload(self.file.data(name))
 
     def linear(self, name: str, rows: int, k: int, bias: str | None = None) -> Linear:
