@@ -256,6 +256,12 @@ def _engine() -> Iterator[Kernel]:
         lambda n: (_ceil(n, 1024), 1, 1),
     )
     yield kernel(
+        "read_bytes",
+        "read",
+        "const void* x, int* dst, size_t nbytes",
+        lambda nbytes: (_ceil(nbytes, 1 << 20), 1, 1),
+    )
+    yield kernel(
         "add_bias_f32",
         "activation",
         "float* x, const float* bias, int n",

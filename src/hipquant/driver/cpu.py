@@ -312,11 +312,12 @@ class Rejection(NamedTuple):
 
 
 def processor_features() -> frozenset[str] | None:
-    """The words of /proc/cpuinfo, or None where there is no such file."""
+    """The words of /proc/cpuinfo, or None where it does not tell (an emulator shows its host's)."""
+    words = {"x86_64": "flags", "aarch64": "Features"}.get(host_machine())
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
-            if key.strip() in ("flags", "Features"):
+            if key.strip() == words:
                 return frozenset(value.split())
     return None
 

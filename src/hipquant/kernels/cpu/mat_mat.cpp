@@ -1,5 +1,5 @@
-// `mul_mat_*`: raw blocks times any number of q8_1 columns. A block of the grid is mmq_y rows and mmq_x columns; its
-// weights are packed 16 rows at a time on the stack and go through the engine's product (tile.h).
+// Raw blocks times several columns of q8_1: `mul_mat_vec_*_hip{2..8}` and, for any number, `mul_mat_*`. The weights
+// are packed 16 rows at a time on the stack and go through the engine's product (tile.h).
 #include "launch.h"
 #include "q8_1.h"
 #include "tile.h"
@@ -25,8 +25,8 @@ template <int T> HQ_INLINE void gather(Q8Tile<T>* tiles, const q8_1* y, int64_t 
         }
 }
 
-// The whole product of `nrows` <= 128 rows and `ncols` columns, T columns at a time, the rest by narrower tiles.
-template <class Q, int MMQ_X, int MMQ_Y> struct Product {
+// The product of `nrows` rows and `ncols` <= MAX columns, T columns at a time, the rest by narrower tiles.
+template <class Q, int MAX> struct Product {
     static constexpr int kBlocks = kPart / Q::kBlock;
     const typename Q::Block* x;
     const q8_1* y;
@@ -46,7 +46,7 @@ template <class Q, int MMQ_X, int MMQ_Y> struct Product {
     void run() const {
         static const typename Q::Block zero = {};
         typename Q::Packed packed[kBlocks];
-        alignas(64) char tiles[MMQ_X * kPart / 32 * sizeof(Q8Tile<1>)];
+        alignas(64) char tiles[MAX * kPart / 32 * sizeof(Q8Tile<1>)];
         for (int b = 0; b < nblocks; b += kBlocks) {
             const int n = nblocks - b < kBlocks ? nblocks - b : kBlocks, nslices = n * Q::kBlock / 32;
             each_tile(ncols, [&](auto width, int col) {
@@ -71,7 +71,7 @@ template <class Q, int MMQ_X, int MMQ_Y> static void mul_mat(const hq_launch* la
     const int64_t stride = arg<int>(params, 6) / 32, nrows_dst = arg<int>(params, 7);
     for (uint64_t block = launch->begin; block < launch->end; block++) {
         const int64_t row = MMQ_Y * (int64_t)(block % launch->grid[0]), col = MMQ_X * (int64_t)(block / launch->grid[0]);
-        const Product<Q, MMQ_X, MMQ_Y> product = {
+        const Product<Q, MMQ_X> product = {
             arg<const typename Q::Block*>(params, 0) + row * (k / Q::kBlock),
             arg<const q8_1*>(params, 1) + col * stride,
             arg<float*>(params, 2) + col * nrows_dst + row,
@@ -84,6 +84,31 @@ template <class Q, int MMQ_X, int MMQ_Y> static void mul_mat(const hq_launch* la
         product.run();
     }
 }
+
+// A block of the grid is two rows; what a thread is given to run, many of them, is one product.
+template <class Q> static void mul_mat_vec(const hq_launch* launch, void** params, int ncols) {
+    const int nblocks = arg<int>(params, 3) / Q::kBlock;
+    const int64_t nrows = arg<int>(params, 4), first = (int64_t)launch->begin * 2, last = (int64_t)launch->end * 2;
+    const Product<Q, 8> product = {
+        arg<const typename Q::Block*>(params, 0) + first * nblocks,
+        arg<const q8_1*>(params, 1),
+        arg<float*>(params, 2) + first,
+        nblocks,
+        (int)((last < nrows ? last : nrows) - first),
+        ncols,
+        arg<int>(params, 5) / 32,
+        arg<int>(params, 6),
+    };
+    product.run();
+}
+
+#define HQ_MAT_VEC_BATCH(suffix, Q, B) \
+    HQ_ENTRY(mul_mat_vec_##suffix##_q8_1_hip##B) { mul_mat_vec<Q>(launch, params, B); }
+#define HQ_MAT_VEC(suffix, Q)                                                                    \
+    HQ_MAT_VEC_BATCH(suffix, Q, 2) HQ_MAT_VEC_BATCH(suffix, Q, 3) HQ_MAT_VEC_BATCH(suffix, Q, 4) \
+    HQ_MAT_VEC_BATCH(suffix, Q, 5) HQ_MAT_VEC_BATCH(suffix, Q, 6) HQ_MAT_VEC_BATCH(suffix, Q, 7) \
+    HQ_MAT_VEC_BATCH(suffix, Q, 8)
+HQ_WEIGHT_TYPES(HQ_MAT_VEC)
 
 #define HQ_MAT_MAT(suffix, Q, mmq_x, mmq_y) \
     HQ_ENTRY(mul_mat_##suffix) { mul_mat<Q, mmq_x, mmq_y>(launch, params); }

@@ -1,50 +1,41 @@
-// Products of raw GGUF blocks: `mul_mat_vec_*` with 1 to 8 columns of q8_1, `dequantize_mul_mat_vec_*` with one
-// column of floats, and `mul_mat_float_*` of float weights with float columns.
+// Products of raw GGUF blocks with one column: `mul_mat_vec_*_hip1` of q8_1, `dequantize_mul_mat_vec_*` of floats; and
+// `mul_mat_float_*` of float weights with float columns. More columns of q8_1: mat_mat.cpp.
 #include "launch.h"
 #include "q8_1.h"
 #include "types.h"
 
-// sums[c] = one row of weights times column c.
-template <class Q, int B>
-HQ_INLINE void row_times_q8_1(float sums[B], const typename Q::Block* row, const q8_1* y, int64_t stride, int nblocks) {
+template <class Q> HQ_INLINE float row_times_q8_1(const typename Q::Block* row, const q8_1* y, int nblocks) {
     constexpr int kSlices = Q::kBlock / 32;
     const u8x32 ones = 1;
-    f32x8 acc[B] = {};
+    f32x8 acc = 0;
     for (int b = 0; b < nblocks; b++) {
         prefetch<sizeof(row[b])>(&row[b]);
         for (int s = 0; s < kSlices; s++) {
             const Slice w = Q::slice(row[b], s);
-            for (int c = 0; c < B; c++) {
-                const q8_1& block = y[c * stride + b * kSlices + s];
-                const i8x32 q = load<i8x32>(block.qs);
-                i32x8 dot;
-                if constexpr (Q::kSigned)
-                    dot = dot4(i32x8(0), (i8x32)w.q, q);
-                else
-                    dot = dot4(i32x8(0), w.q, q);
-                if constexpr (Q::kOffset) dot -= dot4(i32x8(0), ones, q) * Q::kOffset;
-                f32x8 v = to_float(dot) * w.scale;
-                if constexpr (Q::kMin) v = fma(to_float(dot4(i32x8(0), ones, q)), w.min, v);
-                acc[c] = fma(v, f32x8(half_to_float(block.d)), acc[c]);
-            }
+            const q8_1& block = y[b * kSlices + s];
+            const i8x32 q = load<i8x32>(block.qs);
+            i32x8 dot;
+            if constexpr (Q::kSigned)
+                dot = dot4(i32x8(0), (i8x32)w.q, q);
+            else
+                dot = dot4(i32x8(0), w.q, q);
+            if constexpr (Q::kOffset) dot -= dot4(i32x8(0), ones, q) * Q::kOffset;
+            f32x8 v = to_float(dot) * w.scale;
+            if constexpr (Q::kMin) v = fma(to_float(dot4(i32x8(0), ones, q)), w.min, v);
+            acc = fma(v, f32x8(half_to_float(block.d)), acc);
         }
     }
-    for (int c = 0; c < B; c++) sums[c] = sum(acc[c]);
+    return sum(acc);
 }
 
-template <class Q, int B> static void mul_mat_vec(const hq_launch* launch, void** params) {
-    constexpr int kRows = B == 1 ? 1 : 2;  // of one block of the grid
+template <class Q> static void mul_mat_vec(const hq_launch* launch, void** params) {
     const auto* x = arg<const typename Q::Block*>(params, 0);
     const auto* y = arg<const q8_1*>(params, 1);
     auto* dst = arg<float*>(params, 2);
     const int nblocks = arg<int>(params, 3) / Q::kBlock;
     const uint64_t nrows = arg<int>(params, 4);
-    const int64_t stride = arg<int>(params, 5) / 32, nrows_dst = arg<int>(params, 6);
-    for (uint64_t row = launch->begin * kRows; row < launch->end * kRows && row < nrows; row++) {
-        float sums[B];
-        row_times_q8_1<Q, B>(sums, x + row * nblocks, y, stride, nblocks);
-        for (int c = 0; c < B; c++) dst[c * nrows_dst + row] = sums[c];
-    }
+    for (uint64_t row = launch->begin; row < launch->end && row < nrows; row++)
+        dst[row] = row_times_q8_1<Q>(x + row * nblocks, y, nblocks);
 }
 
 template <class Q> static void dequantize_mul_mat_vec(const hq_launch* launch, void** params) {
@@ -66,12 +57,8 @@ template <class Q> static void dequantize_mul_mat_vec(const hq_launch* launch, v
     }
 }
 
-#define HQ_MAT_VEC_BATCH(suffix, Q, B) \
-    HQ_ENTRY(mul_mat_vec_##suffix##_q8_1_hip##B) { mul_mat_vec<Q, B>(launch, params); }
-#define HQ_MAT_VEC(suffix, Q)                                                                                \
-    HQ_MAT_VEC_BATCH(suffix, Q, 1) HQ_MAT_VEC_BATCH(suffix, Q, 2) HQ_MAT_VEC_BATCH(suffix, Q, 3)             \
-    HQ_MAT_VEC_BATCH(suffix, Q, 4) HQ_MAT_VEC_BATCH(suffix, Q, 5) HQ_MAT_VEC_BATCH(suffix, Q, 6)             \
-    HQ_MAT_VEC_BATCH(suffix, Q, 7) HQ_MAT_VEC_BATCH(suffix, Q, 8)
+#define HQ_MAT_VEC(suffix, Q) \
+    HQ_ENTRY(mul_mat_vec_##suffix##_q8_1_hip1) { mul_mat_vec<Q>(launch, params); }
 HQ_WEIGHT_TYPES(HQ_MAT_VEC)
 
 #define HQ_DEQUANTIZE_MAT_VEC(name, Q) \

@@ -58,10 +58,9 @@ struct Nibbles {  // byte: group g low, group g + 4 high
 struct Pairs {  // byte: groups 4 u ... 4 u + 3, two bits each, lowest first
     uint8_t b[2][64];
     inline void pack(u8x32 q, int row) {
-        const uint8_t* p = (const uint8_t*)&q;
-        for (int u = 0; u < 2; u++)
-            for (int c = 0; c < 4; c++)
-                b[u][4 * row + c] = (uint8_t)(p[16 * u + c] | p[16 * u + 4 + c] << 2 | p[16 * u + 8 + c] << 4 | p[16 * u + 12 + c] << 6);
+        const i32x8 v = (i32x8)q << i32x8{0, 2, 4, 6, 0, 2, 4, 6};  // a group is 32 bits of q
+        store(b[0] + 4 * row, __builtin_reduce_or(v.lo));
+        store(b[1] + 4 * row, __builtin_reduce_or(v.hi));
     }
     __attribute__((always_inline)) inline void unpack(int at, vb w[8]) const {
         for (int u = 0; u < 2; u++) {
@@ -87,12 +86,7 @@ struct Pairs {  // byte: groups 4 u ... 4 u + 3, two bits each, lowest first
 struct Bits {  // byte: bit g is group g
     uint8_t b[64];
     inline void pack(u8x32 q, int row) {
-        const uint8_t* p = (const uint8_t*)&q;
-        for (int c = 0; c < 4; c++) {
-            int v = 0;
-            for (int g = 0; g < 8; g++) v |= (p[4 * g + c] & 1) << g;
-            b[4 * row + c] = (uint8_t)v;
-        }
+        store(b + 4 * row, __builtin_reduce_or((i32x8)q << i32x8{0, 1, 2, 3, 4, 5, 6, 7}));
     }
     // w[g] |= bit g moved to bit S.
     template <int S, int G = 0> __attribute__((always_inline)) inline void add(int at, vb w[8]) const {

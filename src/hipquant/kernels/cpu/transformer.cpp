@@ -82,3 +82,23 @@ HQ_ENTRY(add_bias_f32) {
         for (int i = 0; i < n; i++) x[i] += bias[i];
     }
 }
+
+// Block (1 MiB): dst[block] = the sum of its 32-bit words. Reads as fast as it can: the ceiling of what streams weights.
+HQ_ENTRY(read_bytes) {
+    const auto* x = arg<const char*>(params, 0);
+    auto* dst = arg<int32_t*>(params, 1);
+    const auto nbytes = arg<size_t>(params, 2);
+    constexpr size_t kPart = 1 << 20, kStep = 4 * sizeof(vi);
+    for (uint64_t block = launch->begin; block < launch->end; block++) {
+        const size_t end = (block + 1) * kPart < nbytes ? (block + 1) * kPart : nbytes;
+        size_t i = block * kPart;
+        vi sums[4] = {};
+        for (; i + kStep <= end; i += kStep) {
+            prefetch<kStep>(x + i);
+            for (int j = 0; j < 4; j++) sums[j] += load<vi>(x + i + j * sizeof(vi));
+        }
+        int32_t total = __builtin_reduce_add(sums[0] + sums[1] + sums[2] + sums[3]);
+        for (; i + 4 <= end; i += 4) total += load<int32_t>(x + i);
+        dst[block] = total;
+    }
+}
