@@ -28,8 +28,8 @@ template <int H> HQ_INLINE void part_scores(float scores[H][kPart], const Query&
             for (int h = 0; h < H; h++) store(scores[h] + i + lane, acc[h] * query.scale);
         }
     }
-    for (int i = query.count - from; i < kPart; i++)
-        for (int h = 0; h < H; h++) scores[h][i < 0 ? 0 : i] = -__builtin_inff();
+    for (int h = 0; h < H; h++)
+        for (int i = query.count - from; i < kPart; i++) scores[h][i] = -__builtin_inff();
 }
 
 // out[h] += sum over the part of weight[h][i] * v_{from + i}.
