@@ -152,28 +152,23 @@ class Stream:
             yield graph
         finally:
             self._graph = None
+            graph.packed = b"".join(graph.nodes)
 
 
 class Graph:
     """A captured list of launches, run in one call. It keeps the memory that they use alive."""
 
     def __init__(self) -> None:
-        self._nodes: list[bytes] = []
-        self._keep: list[object] = []
-        self._packed = b""
+        self.nodes: list[bytes] = []
+        self.keep: list[object] = []  # functions and parameters
+        self.packed = b""
 
     def __len__(self) -> int:
-        return len(self._nodes)
-
-    def add(self, node: bytes, keep: object) -> None:
-        self._nodes.append(node)
-        self._keep.append(keep)
+        return len(self.nodes)
 
     def launch(self, stream: Stream) -> None:
         """Runs the nodes in order."""
-        if len(self._packed) != sum(map(len, self._nodes[:1])) * len(self._nodes):
-            self._packed = b"".join(self._nodes)
-        runtime().run(self._packed, len(self._nodes), "a graph")
+        runtime().run(self.packed, len(self.nodes), "a graph")
 
 
 def _address(value: object, arg: Arg) -> int:
@@ -227,7 +222,8 @@ class Function:
         if min(*grid, *block) < 1:
             raise ValueError(f"{self.name}: grid {grid} and block {block} must be at least 1 in each direction")
         if stream._graph is not None:
-            stream._graph.add(node, (self, params))
+            stream._graph.nodes.append(node)
+            stream._graph.keep.append((self, params))
         else:
             runtime().run(node, 1, self.name)
 
@@ -358,6 +354,13 @@ def _probe(path: Path) -> int:
     return int(runtime().lib.hq_try_probe(probe))
 
 
+def _threads_wanted() -> int:
+    wanted = os.environ.get("HIPQUANT_THREADS", "")
+    if wanted and not wanted.isdecimal():
+        raise ValueError(f"HIPQUANT_THREADS must be a number from 1 to 256, not {wanted!r}")
+    return int(wanted) if wanted else usable_cores()
+
+
 class Device:
     """The CPU. `get_or_load_func(name, QUANTIZED)` gives a kernel of the best code object for it."""
 
@@ -368,7 +371,7 @@ class Device:
         self._modules: dict[object, Module] = {}
         self._lock = threading.Lock()
         self._threads = 0
-        self.threads = int(os.environ.get("HIPQUANT_THREADS") or usable_cores())
+        self.threads = _threads_wanted()
         self.stream = Stream(self)
         self.allocated = 0  # bytes in buffers of `allocate`
 
@@ -437,6 +440,10 @@ class Device:
 
     def _freed(self, nbytes: int) -> None:
         self.allocated -= nbytes
+
+    def create_stream(self) -> Stream:
+        """A stream of one's own: what is captured on it is not mixed with the launches of others."""
+        return Stream(self)
 
     def upload(self, data: npt.NDArray[Any]) -> Buffer:
         """A contiguous host array as device memory: on the CPU the array's own memory, without a copy."""

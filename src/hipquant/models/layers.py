@@ -25,10 +25,10 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Kernels:
-    """Launches kernels by name on one device's stream, from the embedded code object."""
+    """Launches kernels by name on a stream of their own, from the embedded code object."""
 
     def __init__(self, device: Device) -> None:
-        self.device, self.stream = device, device.stream
+        self.device, self.stream = device, device.create_stream()
 
     def __call__(self, kernel: Kernel, grid: Dim3, *params: object) -> None:
         self.device.get_or_load_func(kernel.name, QUANTIZED).launch(grid, kernel.block, 0, self.stream, params)

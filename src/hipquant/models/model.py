@@ -160,10 +160,10 @@ class Model:
             return
         graph = self._graphs.get((n, first))
         if graph is None:
-            with self.device.stream.capture() as graph:
+            with self.kernels.stream.capture() as graph:
                 self._step(n, self._logits, first)
             self._graphs[n, first] = graph
-        graph.launch(self.device.stream)
+        graph.launch(self.kernels.stream)
 
     def extend(
         self, tokens: Sequence[int], sequence: int = 0, progress: Callable[[int, int], None] | None = None

@@ -64,8 +64,8 @@ template <int H> static void attend(const Query& query, const uint16_t* keys, co
             const float now = __builtin_fmaxf(biggest[h], max(m));
             const float shrink = biggest[h] == now ? 1 : __builtin_isinf(biggest[h]) ? 0 : exp_(f32x8(biggest[h] - now))[0];
             for (int i = 0; i < kPart; i += W) {
-                const vf s = load<vf>(scores[h] + i), e = exp_(s - now);
-                const vf w = s == -__builtin_inff() ? (vf)0 : e;
+                const vf s = load<vf>(scores[h] + i) - now;
+                const vf w = s < -80.0f ? (vf)0 : exp_(s);  // before products with it become subnormal, which is slow
                 store(scores[h] + i, w);
                 sums += w;
             }

@@ -16,8 +16,9 @@ int* __errno_location(void);
 #define HQ_EXPORT extern "C" __attribute__((visibility("default")))
 using Entry = void (*)(const hq_launch*, void**);
 
-constexpr int kMaxParams = 16, kMaxThreads = 256;
-constexpr int kInterrupted = 4;  // EINTR
+constexpr int kMaxParams = 16;
+constexpr uint32_t kMaxThreads = 256, kMaxNodes = 1 << 24;
+constexpr int kInterrupted = 4, kArgumentListTooLong = 7;  // EINTR, E2BIG
 constexpr int kSpins = 4096;  // pauses before a waiting thread sleeps: some 50 us
 
 // One launch as Python packs it: hipquant/driver/cpu.py, Function.
@@ -33,16 +34,19 @@ static_assert(sizeof(Node) == 8 + 24 + 8 + 8 * kMaxParams);
 struct alignas(64) Word {
     uint32_t v;
 };
+// A list of nodes runs without a barrier of all threads: a node is cut into chunks, threads claim them, and whoever
+// finishes the last one opens the next node. A thread that the system has put aside holds nobody up unless it has a
+// chunk in hand.
 struct Pool {
     Word lock;      // 0 free, 1 taken, 2 taken and waited for
-    Word job;       // counts the lists run; workers wait for it to change
-    Word phase;     // counts the nodes run; threads that are done with a node wait for it to change
-    Word arrived;   // threads done with the node
-    Word next;      // next chunk of the node
+    Word job;       // counts the lists run; idle workers wait for it to change
+    Word phase;     // counts the nodes run; threads without a chunk wait for it to change
+    Word done;      // chunks of the node that are finished
     Word sleepers;  // threads that sleep in the kernel rather than spin
     Word workers;   // threads running beside the caller
+    alignas(64) uint64_t claim;  // node << 40 | its chunks << 20 | next chunk; no chunks: nothing to run
     const Node* nodes;
-    uint32_t count, threads;
+    uint32_t count, threads, stop;
 };
 static Pool pool;
 
@@ -82,42 +86,49 @@ static void run_blocks(const Node& n, uint32_t thread, uint64_t begin, uint64_t 
     n.entry(&launch, params);
 }
 
-static void run_node(const Node& n, uint32_t thread, uint32_t threads) {
-    const uint64_t blocks = blocks_of(n), chunks = 16 * threads;
-    const uint64_t size = (blocks + chunks - 1) / chunks;
-    for (;;) {
-        const uint64_t begin = size * __atomic_fetch_add(&pool.next.v, 1, __ATOMIC_RELAXED);
-        if (begin >= blocks) return;
-        run_blocks(n, thread, begin, begin + size < blocks ? begin + size : blocks);
-    }
+static uint64_t chunk_size(const Node& n) {
+    const uint64_t most = 16 * pool.threads;
+    return (blocks_of(n) + most - 1) / most;
 }
 
-static void run_list(uint32_t thread, uint32_t threads) {
-    const Node* nodes = pool.nodes;
-    const uint32_t count = pool.count;
-    for (uint32_t i = 0; i < count; i++) {
+// Opens the next node that has blocks, or ends the list.
+static void open_node(uint64_t i) {
+    while (i < pool.count && !blocks_of(pool.nodes[i])) i++;
+    uint64_t chunks = 0;
+    if (i < pool.count) {
+        const uint64_t size = chunk_size(pool.nodes[i]);
+        chunks = (blocks_of(pool.nodes[i]) + size - 1) / size;
+    }
+    pool.done.v = 0;
+    __atomic_store_n(&pool.claim, i << 40 | chunks << 20, __ATOMIC_RELEASE);
+    __atomic_fetch_add(&pool.phase.v, 1, __ATOMIC_SEQ_CST);
+    wake(&pool.phase.v);
+}
+
+// Runs chunks until the list has ended.
+static void take_part(uint32_t thread) {
+    for (;;) {
         const uint32_t phase = get(&pool.phase.v);
-        run_node(nodes[i], thread, threads);
-        if (__atomic_add_fetch(&pool.arrived.v, 1, __ATOMIC_ACQ_REL) == threads) {
-            pool.arrived.v = 0;
-            pool.next.v = 0;
-            __atomic_fetch_add(&pool.phase.v, 1, __ATOMIC_SEQ_CST);
-            wake(&pool.phase.v);
-        } else {
+        const uint64_t claim = __atomic_fetch_add(&pool.claim, 1, __ATOMIC_ACQ_REL);
+        const uint64_t chunks = claim >> 20 & 0xfffff, chunk = claim & 0xfffff;
+        if (!chunks) return;
+        if (chunk >= chunks) {
             wait_while(&pool.phase.v, phase);
+            continue;
         }
+        const Node& n = pool.nodes[claim >> 40];  // the list cannot end before this chunk does
+        const uint64_t size = chunk_size(n), blocks = blocks_of(n), end = (chunk + 1) * size;
+        run_blocks(n, thread, chunk * size, end < blocks ? end : blocks);
+        if (__atomic_add_fetch(&pool.done.v, 1, __ATOMIC_ACQ_REL) == chunks) open_node((claim >> 40) + 1);
     }
 }
 
 static void* work(void* arg) {
-    const uint64_t packed = (uint64_t)arg;
-    const uint32_t thread = (uint32_t)packed;
-    uint32_t job = (uint32_t)(packed >> 32);
     for (;;) {
+        const uint32_t job = get(&pool.job.v);
+        if (get(&pool.stop)) break;
+        take_part((uint32_t)(uint64_t)arg);
         wait_while(&pool.job.v, job);
-        job++;
-        if (!pool.nodes) break;
-        run_list(thread, pool.threads);
     }
     if (__atomic_sub_fetch(&pool.workers.v, 1, __ATOMIC_SEQ_CST) == 0) wake(&pool.workers.v);
     return nullptr;
@@ -132,17 +143,16 @@ static void unlock() {
     if (__atomic_exchange_n(&pool.lock.v, 0, __ATOMIC_RELEASE) == 2) syscall(kFutex, &pool.lock.v, kWakePrivate, 1, nullptr, nullptr, 0);
 }
 
-static void start_job(const Node* nodes, uint32_t count) {
-    pool.nodes = nodes;
-    pool.count = count;
+static void call_workers() {
     __atomic_fetch_add(&pool.job.v, 1, __ATOMIC_SEQ_CST);
     wake(&pool.job.v);
 }
 
 static void stop_workers() {
-    if (!get(&pool.workers.v)) return;
-    start_job(nullptr, 0);
+    __atomic_store_n(&pool.stop, 1, __ATOMIC_SEQ_CST);
+    call_workers();
     while (const uint32_t n = get(&pool.workers.v)) wait_while(&pool.workers.v, n);
+    pool.stop = 0;
 }
 
 // Threads that a list runs on, the caller's included. Returns what it was.
@@ -159,12 +169,13 @@ HQ_EXPORT uint32_t hq_set_threads(uint32_t threads) {
 // Runs nodes one after the other, each on all threads. Callers from several threads take turns. Returns 0, or the
 // error number of the thread that could not be started; nothing has run then.
 HQ_EXPORT int hq_run(const Node* nodes, uint32_t count) {
+    if (count >= kMaxNodes) return kArgumentListTooLong;
     lock();
     int error = 0;
     const uint32_t threads = pool.threads ? pool.threads : 1;
     for (uint32_t i = pool.workers.v + 1; i < threads && !error; i++) {
         unsigned long id;
-        error = pthread_create(&id, nullptr, work, (void*)((uint64_t)pool.job.v << 32 | i));
+        error = pthread_create(&id, nullptr, work, (void*)(uint64_t)i);
         if (error) break;
         pthread_detach(id);
         __atomic_fetch_add(&pool.workers.v, 1, __ATOMIC_SEQ_CST);
@@ -174,8 +185,11 @@ HQ_EXPORT int hq_run(const Node* nodes, uint32_t count) {
             for (uint32_t i = 0; i < count; i++)
                 if (const uint64_t blocks = blocks_of(nodes[i])) run_blocks(nodes[i], 0, 0, blocks);
         } else {
-            start_job(nodes, count);
-            run_list(0, threads);
+            pool.nodes = nodes;
+            pool.count = count;
+            open_node(0);
+            call_workers();
+            take_part(0);
         }
     } else {
         stop_workers();
