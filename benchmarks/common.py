@@ -36,7 +36,13 @@ def commit() -> str:
 def header(device: Device) -> dict[str, Any]:
     """Prints and returns the circumstances of a measurement."""
     found = {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(
+            [
+                "python",
+                f"benchmarks/{Path(sys.argv[0]).name}",
+                *(Path(a).name if Path(a).is_file() else a for a in sys.argv[1:]),
+            ]
+        ),
         "device": device.name,
         "target": device.target.name,
         "threads": device.threads,

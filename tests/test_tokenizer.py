@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hipquant.errors import InvalidModelFileError, TokenizerError
-from hipquant.tokenizer import _PRE_TOKENIZERS, Tokenizer, _byte_characters, has_vocabulary
+from hipquant.pre_tokenizers import PRE_TOKENIZERS
+from hipquant.tokenizer import Tokenizer, _byte_characters, has_vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
 BYTES = [_byte_characters()[i] for i in range(256)]
@@ -143,7 +144,7 @@ def test_pre_tokenizers(pre):
     assert "|".join(words(Tokenizer.from_metadata(byte_level(pre=pre)), "I'm 1234\n  \n\tx don'T!!\n")) == SPLITS[pre]
 
 
-@pytest.mark.parametrize("pre", _PRE_TOKENIZERS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_pre_tokenizers_lose_nothing(pre):
     tokenizer = Tokenizer.from_metadata(byte_level(pre=pre, bos_token_id=0))
     text = "  Ünï 9876543 x²\r\n\t你好吗ー が한국 'Ll 🚀🦙 ¡? \u0301\u3000…\n\n  "

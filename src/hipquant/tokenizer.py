@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InvalidModelFileError, TokenizerError
+from .pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _log = logging.getLogger(__name__)
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -42,64 +43,6 @@ _FILL_IN_MIDDLE = (
     "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|fim_middle|>", "<fim-middle>",
     "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>",
 )  # fmt: skip
-
-
-class _Pre(NamedTuple):
-    """A pre-tokenizer: each pattern splits further what the one before left; then the family's defaults."""
-
-    patterns: tuple[str, ...]
-    whole_words: bool = False  # a word that is a token is taken as it is, whatever the merges say
-    add_bos: bool = False
-
-
-_LINES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTION = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def _words(digits: str) -> str:
-    return _CONTRACTION + rf"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*" + _LINES
-
-
-def _cased(end: str, digits: str) -> str:
-    start = r"[^\r\n\p{L}\p{N}]?"
-    words = f"{start}{_UPPER}*{_LOWER}+{end}|{start}{_UPPER}+{_LOWER}*{end}"
-    return words + rf"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*" + _LINES
-
-
-_QWEN35 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _LINES
-_CJK = "[一-龥ࠀ-一가-\ud7ff]+"
-_DEEPSEEK_LETTERS = (
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-"
-    "ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
-)
-# The lookbehind and the possessive plus keep a long run of spaces linear.
-_DEEPSEEK_LLM = (
-    r"[\r\n]", rf"\s?[{_DEEPSEEK_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"(?<!\s)\s++$", _CJK, r"\p{N}+",
-)  # fmt: skip
-_DEEPSEEK_V3 = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-_DEEPSEEK_V3 += r"| ?[\p{P}\p{S}]+[\r\n]*" + _LINES
-
-_PRE_TOKENIZERS = {
-    name: pre
-    for names, pre in {
-        "default gpt-2 phi-2 mpt olmo jais exaone4 mellum": _Pre((_GPT2,)),
-        "starcoder refact command-r smollm codeshell exaone minerva-7b": _Pre((r"\p{N}", _GPT2)),
-        "falcon": _Pre((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-        "llama-bpe llama3 llama-v3 falcon3 pixtral lfm2": _Pre((_words("{1,3}"),), whole_words=True, add_bos=True),
-        "dbrx smaug-bpe chatglm-bpe": _Pre((_words("{1,3}"),)),
-        "glm4": _Pre((_words("{1,3}"),), whole_words=True),
-        "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan grok-2": _Pre((_words(""),)),
-        "qwen35": _Pre((_QWEN35,)),
-        "deepseek-llm": _Pre(_DEEPSEEK_LLM),
-        "deepseek-coder": _Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
-        "deepseek-v3 hunyuan-dense": _Pre((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK_V3)),
-        "gpt-4o llama4 kanana2": _Pre((_cased(_CONTRACTION + "?", "{1,3}"),)),
-        "tekken": _Pre((_cased("", ""),), whole_words=True, add_bos=True),
-    }.items()
-    for name in names.split()
-}
 
 
 def has_vocabulary(metadata: Mapping[str, Any]) -> bool:
@@ -264,7 +207,7 @@ def _byte_characters() -> dict[int, str]:
 class _ByteLevel:
     """Byte-level BPE by the `tokenizers` library, over the words that the pre-tokenizer cuts."""
 
-    def __init__(self, vocabulary: _Vocabulary, merges: object, pre: _Pre) -> None:
+    def __init__(self, vocabulary: _Vocabulary, merges: object, pre: PreTokenizer) -> None:
         from tokenizers import Regex, pre_tokenizers
         from tokenizers import Tokenizer as Backend
         from tokenizers.models import BPE
@@ -362,16 +305,16 @@ class Tokenizer:
             raise TokenizerError(f"tokenizer.ggml.model is {kind!r}; known: gpt2 llama")
         return cls(metadata, _Vocabulary.read(metadata, n_vocab))
 
-    def _pre_tokenizer(self, metadata: Mapping[str, Any]) -> _Pre:
+    def _pre_tokenizer(self, metadata: Mapping[str, Any]) -> PreTokenizer:
         name = metadata.get("tokenizer.ggml.pre")
         if name is None:
             self.notes += ("the file names no pre-tokenizer (tokenizer.ggml.pre): GPT-2's is used, as in old files",)
             _log.warning(self.notes[-1])
             name = "default"
-        if name not in _PRE_TOKENIZERS:
-            known = " ".join(sorted(_PRE_TOKENIZERS))
+        if name not in PRE_TOKENIZERS:
+            known = " ".join(sorted(PRE_TOKENIZERS))
             raise TokenizerError(f"tokenizer.ggml.pre names an unknown pre-tokenizer {name!r}; known: {known}")
-        return _PRE_TOKENIZERS[name]
+        return PRE_TOKENIZERS[name]
 
     @staticmethod
     def _added(metadata: Mapping[str, Any], name: str, token: int | None, default: bool) -> list[int]:
