@@ -15,7 +15,7 @@ import pytest
 import hipquant as hq
 from hipquant import ops, wiring
 from hipquant.codeobjects import QUANTIZED, CodeObjects
-from hipquant.driver import Device
+from hipquant.driver import Device, Event
 from hipquant.driver import cpu as driver
 from hipquant.errors import DeviceNotFoundError, DriverError, InvalidCodeObjectError, OutOfDeviceMemoryError
 from hipquant.targets import cpu_targets, host_machine, runtime_filename
@@ -69,6 +69,16 @@ def test_launch_checks_its_parameters(cpu: Device) -> None:
     with pytest.raises(ValueError, match="has been freed"):
         launch(freed, x, 1)
     assert not x.any()
+
+
+def test_events_take_the_time(cpu: Device) -> None:
+    first, second = Event(), Event()
+    with pytest.raises(ValueError, match="must have been recorded"):
+        second.elapsed(first)
+    first.record(cpu.stream)
+    add(cpu, np.zeros((1000, 1000), np.float32), np.ones(1000, np.float32))
+    second.record(cpu.stream)
+    assert 0 < second.elapsed(first) < 60
 
 
 def test_graph_replays_what_was_captured(cpu: Device) -> None:

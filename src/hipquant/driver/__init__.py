@@ -1,13 +1,13 @@
-"""Devices by name. One interface for every kind of silicon: Device, Module, Function, Stream, Graph, Buffer."""
+"""Devices by name. One interface for every kind of silicon: Device, Module, Function, Stream, Event, Graph, Buffer."""
 
 from __future__ import annotations
 
 import threading
 
 from ..errors import DeviceNotFoundError
-from .cpu import Buffer, Device, Function, Graph, Module, Stream
+from .cpu import Buffer, Device, Event, Function, Graph, Module, Stream
 
-__all__ = ["Buffer", "Device", "Function", "Graph", "Module", "Stream", "device", "devices"]
+__all__ = ["Buffer", "Device", "Event", "Function", "Graph", "Module", "Stream", "device", "devices"]
 
 _lock = threading.Lock()
 _cpu: Device | None = None

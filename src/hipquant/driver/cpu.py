@@ -13,6 +13,7 @@ import os
 import platform
 import struct
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -153,6 +154,24 @@ class Stream:
         finally:
             self._graph = None
             graph.packed = b"".join(graph.nodes)
+
+
+class Event:
+    """A point in a stream, for timing: `event.record(stream)`, then `later.elapsed(event)` in seconds."""
+
+    def __init__(self) -> None:
+        self._time = 0.0
+
+    def record(self, stream: Stream) -> None:
+        """Marks the end of what has been launched so far."""
+        stream.synchronize()
+        self._time = time.perf_counter()
+
+    def elapsed(self, since: Event) -> float:
+        """Seconds from one recorded event to this one."""
+        if not (self._time and since._time):
+            raise ValueError("both events must have been recorded")
+        return self._time - since._time
 
 
 class Graph:
