@@ -1,0 +1,179 @@
+"""`hipquant bench`: how fast a model reads a prompt, writes a text, and writes several at once."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import device_options, emit, emit_json, json_option, open_model, table
+
+if TYPE_CHECKING:
+    from ..models import Model
+
+
+class Batches(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """Numbers of sequences: 1,2,4,8."""
+
+    name = "numbers"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        try:
+            sizes = [int(part) for part in str(value).split(",") if part]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 1,2,4,8", param, ctx)
+        if any(not 1 <= size <= 8 for size in sizes):
+            self.fail(f"{value!r} has a number outside of 1 to 8", param, ctx)
+        return sizes
+
+
+@dataclass
+class Result:
+    """Tokens/s of each repetition, and the bytes of weights that a second of the median one read."""
+
+    test: str
+    rates: list[float]
+    weights_bytes_per_second: float | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rates)
+
+    @property
+    def spread(self) -> float:
+        """Half of what lies between the slowest and the fastest, as a part of the median."""
+        return (max(self.rates) - min(self.rates)) / 2 / self.median
+
+
+@click.command("bench")
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", default=128, show_default=True, type=click.IntRange(min=0), help="Tokens of a prompt.")
+@click.option("-n", "--tokens", default=32, show_default=True, type=click.IntRange(min=0), help="Tokens to generate.")
+@click.option("-r", "--repeat", default=3, show_default=True, type=click.IntRange(min=1), help="Times to measure.")
+@click.option("--batch", type=Batches(), default="1,2,4,8", show_default=True, help="Sequences generated at once.")
+@device_options
+@json_option
+def command(
+    model: str | None,
+    prompt: int,
+    tokens: int,
+    repeat: int,
+    batch: list[int],
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measures MODEL, a GGUF file (default: the demo model), on random tokens.
+
+    pp: tokens of a prompt in one go; tg: one token after the other; batch: one token each of several sequences in one
+    pass. Given are the median and half the range. GB/s counts the weights that are read.
+    """
+    loaded = open_model(model, device, threads, max(prompt, tokens + 1), max(batch, default=1))
+    bench = _Bench(loaded, prompt, tokens, repeat)
+    bench.check()
+    about = _about(loaded)
+    if not as_json:
+        emit("".join(f"{key:10} {value}\n" for key, value in about.items()) + "\n")
+    results = bench.results(batch if tokens else [])
+    if as_json:
+        tests = [vars(r) | {"median": r.median, "spread": r.spread} for r in results]
+        emit_json(about | {"repetitions": repeat, "results": tests})
+    else:
+        emit(table(("test", "tokens/s", "±", "GB/s"), [_row(r) for r in results]))
+
+
+def _row(result: Result) -> list[str]:
+    rate = result.weights_bytes_per_second
+    return [result.test, f"{result.median:,.1f}", f"{result.spread:.1%}", "" if rate is None else f"{rate / 1e9:.1f}"]
+
+
+class _Bench:
+    def __init__(self, model: Model, prompt: int, tokens: int, repeat: int) -> None:
+        import numpy as np
+
+        self.model, self.n_prompt, self.n_tokens, self.repeat = model, prompt, tokens, repeat
+        random = np.random.default_rng(0)
+        self.ids = random.integers(0, model.n_vocab, max(prompt, tokens, 8) + 1).tolist()
+        embedding = model.file.tensors["token_embd.weight"].nbytes if "output.weight" in model.file.tensors else 0
+        self.pass_bytes = model.weights_bytes - embedding  # of an embedding of its own, only some rows are read
+
+    def check(self) -> None:
+        """No timing of nonsense: the logits of a prompt and of a step must be finite."""
+        import numpy as np
+
+        for tokens, position in ((self.ids[: max(1, self.n_prompt)], 0), (self.ids[:1], 0)):
+            if not np.isfinite(self.model.forward(tokens, position)).all():
+                raise click.ClickException(f"{self.model.name}: the logits are not finite, so nothing was timed")
+
+    def results(self, batches: list[int]) -> list[Result]:
+        """All tests, in the order in which they are shown."""
+        found = []
+        if self.n_prompt:
+            found.append(self._measure(f"pp{self.n_prompt}", self._read, self.n_prompt, None))
+        if self.n_tokens:
+            found.append(self._measure(f"tg{self.n_tokens}", self._write, self.n_tokens, self.n_tokens))
+        for size in batches:
+            name = f"batch{size} tg{self.n_tokens}"
+            found.append(self._measure(name, partial(self._batch, size), size * self.n_tokens, self.n_tokens))
+        return found
+
+    def _measure(self, test: str, run: Callable[[], float], tokens: int, passes: int | None) -> Result:
+        run()
+        seconds = [run() for _ in range(self.repeat)]
+        rate = None if passes is None else passes * self.pass_bytes / statistics.median(seconds)
+        return Result(test, [tokens / s for s in seconds], rate)
+
+    def _read(self) -> float:
+        begun = time.perf_counter()
+        self.model.forward(self.ids[: self.n_prompt], 0)
+        return time.perf_counter() - begun
+
+    def _write(self) -> float:
+        begun = time.perf_counter()
+        for position in range(self.n_tokens):
+            self.model.forward(self.ids[position : position + 1], position)
+        return time.perf_counter() - begun
+
+    def _batch(self, size: int) -> float:
+        sequences = list(range(size))
+        for sequence in sequences:
+            self.model.forward(self.ids[sequence : sequence + 1], 0, sequence=sequence)
+        begun = time.perf_counter()
+        for position in range(1, self.n_tokens + 1):
+            self.model.forward_batch(self.ids[:size], [position] * size, sequences)
+        return time.perf_counter() - begun
+
+
+def _about(model: Model) -> dict[str, str]:
+    import numpy as np
+
+    from .. import __version__
+
+    commit = _commit()
+    return {
+        "model": f"{model.name}, {model.weights_bytes / 2**20:,.1f} MiB of weights",
+        "device": f"{model.device.name} ({model.device.target.name})",
+        "threads": str(model.device.threads),
+        "versions": f"hipquant {__version__}, Python {platform.python_version()}, numpy {np.__version__}",
+        **({"commit": commit} if commit else {}),
+    }
+
+
+def _commit() -> str:
+    """The commit of a checkout of hipquant that this runs from; nothing for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists() or not (root / "src" / "hipquant").is_dir():
+        return ""
+    call = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
