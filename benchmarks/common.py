@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 import hipquant as hq
-from hipquant import wiring
-from hipquant.codeobjects import QUANTIZED
+from hipquant.ceiling import read_ceiling
 from hipquant.driver import Device
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,21 +63,11 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def read_ceiling(device: Device, nbytes: int = 1 << 30, repeats: int = 7) -> float:
-    """GB/s at which all threads together read memory, best of several passes over more than the caches hold."""
-    source = device.allocate(nbytes, "the read ceiling")
-    source.bytes[:] = 1
-    kernel = wiring.kernel("read_bytes")
-    grid = kernel.grid(nbytes=nbytes)
-    sums = np.zeros(grid[0], np.int32)
-    function = device.get_or_load_func(kernel.name, QUANTIZED)
-
-    def run() -> None:
-        function.launch(grid, kernel.block, 0, device.stream, [source, sums, nbytes])
-
-    run()
-    assert (sums == (0x01010101 << 18) % (1 << 32)).all(), "the read kernel is wrong"
-    return nbytes / min(seconds(run) for _ in range(repeats)) / 1e9
+def ceiling(device: Device) -> float:
+    """Prints and returns the read ceiling in GB/s."""
+    found = read_ceiling(device) / 1e9
+    print(f"  ceiling: {found:.1f} GB/s read by {device.threads} threads\n")
+    return found
 
 
 def summary(values: list[float]) -> dict[str, float]:

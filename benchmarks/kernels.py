@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import hipquant as hq
-from common import header, keep, read_ceiling, seconds
+from common import ceiling, header, keep, seconds
 from hipquant import ops, wiring
 from hipquant.driver import Buffer
 from hipquant.models.layers import Activations, Kernels
@@ -97,8 +97,7 @@ def main() -> None:
     o = parser.parse_args()
     device = hq.device()
     result = header(device)
-    result["read_ceiling_GB/s"] = ceiling = read_ceiling(device)
-    print(f"  ceiling: {ceiling:.1f} GB/s read by {device.threads} threads\n")
+    result["read_ceiling_GB/s"] = limit = ceiling(device)
     print("GB/s of weights (fraction of the ceiling) for 1 to 8 columns, billions of operations/s for 128")
     result["rows"] = rows = []
     for shape in o.shapes:
@@ -113,8 +112,8 @@ def main() -> None:
                     t = case.measure(which, n, exact[:n], y[:n], 25 if n <= 8 else 5)
                     gbs, gops = case.raw.nbytes / t / 1e9, 2 * m * k * n / t / 1e9
                     rows.append({"shape": shape, "type": name, "kernel": which, "columns": n, "seconds": t,
-                                 "GB/s": gbs, "fraction": gbs / ceiling, "Gop/s": gops})  # fmt: skip
-                    cells.append(f"{gbs:5.1f} ({gbs / ceiling:4.0%})" if n <= 8 else f"{gops:6.0f}")
+                                 "GB/s": gbs, "fraction": gbs / limit, "Gop/s": gops})  # fmt: skip
+                    cells.append(f"{gbs:5.1f} ({gbs / limit:4.0%})" if n <= 8 else f"{gops:6.0f}")
                 print(f"{shape:>11} {name:<5} {which:<6} {'  '.join(cells)}", flush=True)
     if o.keep:
         keep(o.keep, result)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import hipquant as hq
-from common import header, keep, read_ceiling, seconds, summary
+from common import ceiling, header, keep, seconds, summary
 
 
 def llama_bench(model: Path, threads: int, p: int, n: int) -> tuple[float, float] | None:
@@ -51,7 +51,7 @@ def ours(model: hq.Model, p: int, n: int) -> tuple[float, float]:
     return prompt, n / seconds(generate)
 
 
-def measure(path: Path, o: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+def measure(path: Path, o: argparse.Namespace, limit: float) -> dict[str, Any]:
     model = hq.load(path)
     assert np.isfinite(model.forward([1, 2, 3], 0, logits="all")).all(), "logits must be finite"
     ours(model, o.p, 2)
@@ -69,7 +69,7 @@ def measure(path: Path, o: argparse.Namespace, ceiling: float) -> dict[str, Any]
         line = f"{path.name:<24} {what:<15} {row[what]['hipquant']['median']:8.1f} tokens/s"
         if i == 1:
             row[what]["GB/s"] = row[what]["hipquant"]["median"] * read
-            row[what]["fraction_of_ceiling"] = row[what]["GB/s"] / ceiling
+            row[what]["fraction_of_ceiling"] = row[what]["GB/s"] / limit
             line += f" {row[what]['GB/s']:6.1f} GB/s ({row[what]['fraction_of_ceiling']:.0%})"
         if theirs:
             row[what]["llama.cpp"] = summary([t[i] for t in theirs])
@@ -89,11 +89,10 @@ def main() -> None:
     o = parser.parse_args()
     device = hq.device()
     result = header(device)
-    result["read_ceiling_GB/s"] = ceiling = read_ceiling(device)
-    print(f"  ceiling: {ceiling:.1f} GB/s read by {device.threads} threads\n")
+    result["read_ceiling_GB/s"] = limit = ceiling(device)
     from hipquant.models import DEMO
 
-    result["models"] = [measure(path, o, ceiling) for path in o.models or [DEMO]]
+    result["models"] = [measure(path, o, limit) for path in o.models or [DEMO]]
     if o.keep:
         keep(o.keep, result)
 

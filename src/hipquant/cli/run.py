@@ -44,7 +44,8 @@ def command(model: str | None, prompt: str | None, chat: bool | None, seed: int 
     """Generates text with MODEL, a GGUF file (default: the demo model, a teller of fairy tales).
 
     With -p or text on standard input, the text is printed and continued. Without either, on a terminal, a
-    conversation begins (with no MODEL: a story). --chat with -p answers one message and prints the answer alone.
+    conversation begins (with the demo model: a story, told in turns). --chat with -p answers one message and prints
+    the answer alone.
 
     In a conversation, Ctrl-C stops an answer, and at the prompt ends the program, as Ctrl-D does; /help lists the
     commands. When the context is full, the oldest turns are forgotten.
@@ -87,8 +88,6 @@ def _mode(model: str | None, prompt: str | None, chat: bool | None, as_json: boo
     if sys.stdin is None or not sys.stdin.isatty():
         text = read_stdin("standard input")
         return text or (STORY if model is None and not chat else ""), bool(chat)
-    if model is None and not chat:
-        return STORY, False
     if as_json or chat is False:
         raise click.UsageError("give a prompt with -p or on standard input")
     return None, True
