@@ -17,6 +17,7 @@ from ..gguf_file import GGUFFile, TensorInfo, find_invalid_scales
 from ..quants import FLOAT_TYPES, MATRIX_TYPES, QuantType
 from ..wiring import PACK_ROWS, Dim3, Kernel
 
+ALIGNMENT = 64  # of a tensor's place
 PACK_AT_ONCE = 16 << 20  # bytes of a tensor that are mapped while it is packed
 TILE_BYTES = 44  # of 32 activations in a q8 tile: d, two sums, 32 bytes (kernels/cpu/tile.h)
 TILE_COLUMNS = 16
@@ -84,6 +85,9 @@ class Weights:
         free = self.free_memory()
         if free is not None and self._total > free:
             raise OutOfDeviceMemoryError(self._total, free, f"the weights of {file.path.name}")
+        # One place for all, so that it comes in huge pages throughout; what is not used is never touched.
+        padding = sum(PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT for t in file.tensors.values())
+        self._place, self._used = device.allocate(self._total + padding, f"the weights of {file.path.name}"), 0
 
     @staticmethod
     def free_memory() -> int | None:
@@ -157,12 +161,18 @@ class Weights:
 
     def _pack(self, info: TensorInfo, rows: int, k: int) -> Buffer:
         kernel, row_bytes = wiring.find("pack", info.type), info.type.row_bytes(k)
-        packed = self.device.allocate(-(-rows // PACK_ROWS) * PACK_ROWS * row_bytes, info.name)
+        packed = self._take(-(-rows // PACK_ROWS) * PACK_ROWS * row_bytes)
         step = max(PACK_ROWS, PACK_AT_ONCE // row_bytes // PACK_ROWS * PACK_ROWS)
         for first, n, part in self._checked_parts(info, step, k):
             self.kernels(kernel, kernel.grid(nrows=n), part, packed.address + first * row_bytes, k, n)
             self._count(part.nbytes, part.nbytes)
         return packed
+
+    def _take(self, nbytes: int) -> Buffer:
+        """The next part of the place for weights: each tensor is packed at most once."""
+        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        self._used = start + nbytes
+        return self._place.view(start, nbytes)
 
     def _count(self, done: int, held: int) -> None:
         self._done += done

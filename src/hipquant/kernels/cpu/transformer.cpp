@@ -63,14 +63,11 @@ HQ_ENTRY(silu_mul_f32) {
     const auto* up = arg<const float*>(params, 1);
     auto* y = arg<float*>(params, 2);
     const int64_t n = arg<int>(params, 3), end = (int64_t)launch->end * 1024;
-    for (int64_t i = launch->begin * 1024; i < end && i < n; i += 8) {
-        f32x8 g = 0, u = 0;
-        const int count = n - i < 8 ? (int)(n - i) : 8;
-        __builtin_memcpy(&g, gate + i, 4 * count);
-        __builtin_memcpy(&u, up + i, 4 * count);
-        const f32x8 v = g / (1 + exp_(-g)) * u;
-        __builtin_memcpy(y + i, &v, 4 * count);
-    }
+    const int64_t last = end < n ? end : n;
+    const auto gated = [](f32x8 g, f32x8 u) { return g / (1 + exp_(-g)) * u; };
+    int64_t i = launch->begin * 1024;
+    for (; i + 8 <= last; i += 8) store(y + i, gated(load<f32x8>(gate + i), load<f32x8>(up + i)));
+    for (; i < last; i++) y[i] = gated(gate[i], up[i])[0];
 }
 
 // Block (row): x += bias.
