@@ -55,8 +55,11 @@ template <class Q, int MAX> struct Product {
             });
             for (int row = 0; row < nrows; row += 16) {
                 for (int i = 0; i < n; i++)
-                    for (int r = 0; r < 16; r++)
-                        Q::pack(packed[i], row + r < nrows ? x[(int64_t)(row + r) * nblocks + b + i] : zero, r);
+                    for (int r = 0; r < 16; r++) {
+                        const auto& block = row + r < nrows ? x[(int64_t)(row + r) * nblocks + b + i] : zero;
+                        prefetch<sizeof(block)>(&block);
+                        Q::pack(packed[i], block, r);
+                    }
                 each_tile(ncols, [&](auto width, int col) {
                     constexpr int T = decltype(width)::value;
                     columns<T>(col, (const Q8Tile<T>*)tiles + col / T * nslices, packed, row, n, b == 0);

@@ -13,7 +13,9 @@ template <class Q> static void pack(const hq_launch* launch, void** params) {
         for (int b = 0; b < nblocks; b++)
             for (int r = 0; r < 16; r++) {
                 const uint64_t row = tile * 16 + r;
-                Q::pack(y[tile * nblocks + b], row < (uint64_t)nrows ? x[row * nblocks + b] : zero, r);
+                const auto& block = row < (uint64_t)nrows ? x[row * nblocks + b] : zero;
+                prefetch<sizeof(block)>(&block);
+                Q::pack(y[tile * nblocks + b], block, r);
             }
 }
 
