@@ -10,6 +10,10 @@ int fork(void);
 int waitpid(int, int*, int);
 void _exit(int) __attribute__((noreturn));
 void (*signal(int, void (*)(int)))(int);
+int getpid(void);
+int sched_getcpu(void);
+int sched_getaffinity(int, size_t, uint64_t*);
+int sched_setaffinity(int, size_t, const uint64_t*);
 int* __errno_location(void);
 }
 
@@ -18,6 +22,7 @@ using Entry = void (*)(const hq_launch*, void**);
 
 constexpr int kMaxParams = 16;
 constexpr uint32_t kMaxThreads = 256, kMaxNodes = 1 << 24;
+constexpr int kCpuWords = 16;  // affinity masks of 1024 processors
 constexpr int kInterrupted = 4, kArgumentListTooLong = 7;  // EINTR, E2BIG
 constexpr int kChunks = 8;     // of a node for each thread: each costs 0.2 us, the last ones wait for each other
 constexpr int kSpins = 4096;  // pauses before a waiting thread sleeps: some 50 us
@@ -48,6 +53,7 @@ struct Pool {
     alignas(64) uint64_t claim;  // node << 40 | its chunks << 20 | next chunk; no chunks: nothing to run
     const Node* nodes;
     uint32_t count, threads, stop;
+    int cpu[kMaxThreads];  // where each thread was when it last began a list
 };
 static Pool pool;
 
@@ -106,6 +112,22 @@ static void open_node(uint64_t i) {
     wake(&pool.phase.v);
 }
 
+// A thread that wakes often finds itself on the processor of the one that woke it, and the two share it for 50 ms and
+// more until the system moves one of them. So a later thread steps aside: it forbids itself the taken processors, which
+// moves it at once, until it finds itself beside another one again.
+static void step_aside(uint32_t thread) {
+    const int cpu = pool.cpu[thread] = sched_getcpu();
+    bool taken = false;
+    for (uint32_t i = 0; i < thread; i++) taken |= pool.cpu[i] == cpu;
+    uint64_t free[kCpuWords] = {}, any = 0;
+    if (!taken || sched_getaffinity(getpid(), sizeof free, free) < 0) return;
+    for (uint32_t i = 0; i < thread; i++)
+        if (pool.cpu[i] >= 0 && pool.cpu[i] < 64 * kCpuWords) free[pool.cpu[i] / 64] &= ~(1ull << pool.cpu[i] % 64);
+    for (uint64_t word : free) any |= word;
+    if (!any || sched_setaffinity(0, sizeof free, free) < 0) return;
+    pool.cpu[thread] = sched_getcpu();
+}
+
 // Runs chunks until the list has ended.
 static void take_part(uint32_t thread) {
     for (;;) {
@@ -125,10 +147,12 @@ static void take_part(uint32_t thread) {
 }
 
 static void* work(void* arg) {
+    const uint32_t thread = (uint32_t)(uint64_t)arg;
     for (;;) {
         const uint32_t job = get(&pool.job.v);
         if (get(&pool.stop)) break;
-        take_part((uint32_t)(uint64_t)arg);
+        step_aside(thread);
+        take_part(thread);
         wait_while(&pool.job.v, job);
     }
     if (__atomic_sub_fetch(&pool.workers.v, 1, __ATOMIC_SEQ_CST) == 0) wake(&pool.workers.v);
@@ -188,6 +212,7 @@ HQ_EXPORT int hq_run(const Node* nodes, uint32_t count) {
         } else {
             pool.nodes = nodes;
             pool.count = count;
+            pool.cpu[0] = sched_getcpu();
             open_node(0);
             call_workers();
             take_part(0);
