@@ -101,7 +101,7 @@ def main() -> None:
     device = hq.device()
     result = header(device)
     places = device.allocate(ROTATE), device.allocate(ROTATE)
-    result["read_ceiling_GB/s"] = limit = max(ceiling(device, place) for place in places)
+    result["read_ceiling_GB/s"] = limit = ceiling(device, *places)
     print("GB/s of weights (fraction of the ceiling) for 1 to 8 columns, billions of operations/s for 128")
     result["rows"] = rows = []
     for shape in o.shapes:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STORY = "Once upon a time"  # what the demo model is asked for where no prompt is given
 DEFAULT_TOKENS = 200
+STORY_TOKENS = 100  # of a turn of the demo model, which never ends one by itself
 
 
 @click.command("run")
@@ -75,8 +76,9 @@ def command(model: str | None, prompt: str | None, chat: bool | None, seed: int 
     if prompt is None:
         from .chat import converse
 
+        limit = STORY_TOKENS if model in (None, "demo") and options["tokens"] is None else options["tokens"]
         with interruptible():
-            converse(loaded, params, options["tokens"], options["stop"], options["system"], bool(options["stats"]))
+            converse(loaded, params, limit, options["stop"], options["system"], bool(options["stats"]))
         return 0
     return _Run(loaded, params, begun, options).go(prompt, chat)
 

@@ -1,0 +1,52 @@
+"""The README's Python runs as it stands, and what it names is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import hipquant as hq
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_code_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block.replace('load("model.gguf")', "load()"), "README.md", "exec"), {})
+    assert "Traceback" not in capsys.readouterr().out
+
+
+def test_links_lead_somewhere() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "docs/demo_model.md"):
+        text = (ROOT / name).read_text()
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+
+
+def test_figures_are_those_of_the_results() -> None:
+    """Each row of the table of speeds is what the kept result says."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu-models-2-cores.json").read_text())
+    assert f"read ceiling of {result['read_ceiling_GB/s']:.0f} GB/s" in " ".join(README.split())
+    for row in result["models"]:
+        prompt, generation = row["prompt 128"], row["generation 32"]
+        cells = [
+            f"{prompt['hipquant']['median']:.0f}",
+            f"{prompt['llama.cpp']['median']:.0f}",
+            f"{prompt['ratio']:.2f}",
+            f"{generation['hipquant']['median']:.1f}",
+            f"{generation['llama.cpp']['median']:.1f}",
+            f"{generation['ratio']:.2f}",
+            f"{generation['fraction_of_ceiling']:.0%}",
+        ]
+        assert " | ".join(cells) in README, row["model"]
+
+
+def test_the_framework_functions_are_all_named() -> None:
+    for name in ("quantize_q8_1", "dequantize_f32", "dequantize_f16", "dequantize_mul_mat_vec"):
+        assert callable(getattr(hq.ops, name))
+        assert f"`{name}`" in README
