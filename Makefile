@@ -38,7 +38,7 @@ $(VENV)/installed: $(SOURCES)
 # Editable, with the build tools in the environment, so that the tests can compile.
 $(VENV)-test/installed: pyproject.toml tools/build_hook.py
 	test -x $(VENV)-test/bin/python || $(PYTHON) -m venv $(VENV)-test
-	$(VENV)-test/bin/pip install -q hatchling ziglang==0.17.1
+	$(VENV)-test/bin/pip install -q hatchling editables ziglang==0.17.1
 	$(VENV)-test/bin/pip install -q --no-build-isolation -e ".[test]"
 	touch $@
 
