@@ -250,6 +250,19 @@ def test_an_abandoned_generation_frees_its_sequence(small: hq.Model) -> None:
     assert not small._busy
 
 
+def test_a_shared_sequence_stays_its_owners(small: hq.Model) -> None:
+    owners = [small.generate([1, s], max_tokens=9, temperature=0) for s in range(small.sequences)]
+    for owner in owners:
+        next(owner)
+    guest = small.generate([5, 6, 7], max_tokens=3, temperature=0)
+    list(guest)
+    assert small.reserve([1]) is None, "the guest must not give away what it did not own"
+    for owner in owners:
+        owner.close()
+    assert small.reserve([1]) is not None
+    small._busy.clear()
+
+
 def _rewritten(path: Path, change: object, **shape: object) -> Path:
     write_llama(path, extra=change, **shape)  # type: ignore[arg-type]
     return path

@@ -25,12 +25,12 @@ def test_the_123_names() -> None:
     names |= {f"mul_mat_vec_{t}_q8_1_hip{b}" for t in (*Q32, *QK) for b in range(1, 9)}
     names |= {f"mul_mat_{t}" for t in (*Q32, *QK)}
     assert len(names) == 123
-    assert {k.name for k in wiring.COMPATIBILITY} == names
+    assert names <= {k.name for k in wiring.COMPATIBILITY}, "a new type may add names, none may go"
 
 
 def test_get_rows_names() -> None:
     found = {k.name for k in wiring.TABLE if k.family == "get_rows"}
-    assert found == {f"get_rows_{t}" for t in (*Q32, *QK, "f32", "f16", "bf16")}
+    assert found >= {f"get_rows_{t}" for t in (*Q32, *QK, "f32", "f16", "bf16")}
 
 
 def test_cuda_profile_renames_the_vendor_only() -> None:

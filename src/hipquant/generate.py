@@ -94,24 +94,24 @@ class Generation:
         if self.max_tokens == 0:
             self.finish_reason = "length"
             return
-        reserved = self.sequence is None
-        sequence = self.model.reserve(self.prompt) if self.sequence is None else self.sequence
+        reserved = self.model.reserve(self.prompt) if self.sequence is None else None
         try:
-            yield from self._tokens_to_text(sampler, stops, sequence)
+            # Where every sequence is in use, the first one is shared: both recompute what the other has replaced.
+            yield from self._tokens_to_text(
+                sampler, stops, next(s for s in (self.sequence, reserved, 0) if s is not None)
+            )
         finally:
-            if reserved:
-                self.model.release(sequence)
+            if reserved is not None:
+                self.model.release(reserved)
 
     def _tokens_to_text(self, sampler: Any, stops: Any, sequence: int) -> Iterator[str]:
         model, every = self.model, list(self.prompt)
         text = _Text(model, self.prompt)
-        begun = time.perf_counter()
         while True:
+            begun = time.perf_counter()
             logits, computed = model.extend(every, sequence, None if self.tokens else self._progress)
             token = sampler.sample(logits, every)
-            now = time.perf_counter()
-            self._count(now - begun, computed)
-            begun = now
+            self._count(time.perf_counter() - begun, computed)
             if token in text.end_ids:
                 self.finish_reason = "end"
                 break

@@ -179,12 +179,12 @@ class Model:
             logits = self.forward(tokens[same:], same, sequence=sequence, progress=progress)
             return logits, len(tokens) - same
 
-    def reserve(self, tokens: Sequence[int]) -> int:
-        """A sequence that nobody generates on, the one whose cache begins most like `tokens`; 0 if all are in use."""
+    def reserve(self, tokens: Sequence[int]) -> int | None:
+        """A sequence that nobody generates on, whose cache begins most like `tokens`; None if all are used."""
         with self._lock:
             free = [s for s in range(self.sequences) if s not in self._busy]
             if not free:
-                return 0
+                return None
             best = max(free, key=lambda s: (common_prefix(self._cached[s], tokens), -len(self._cached[s])))
             self._busy.add(best)
             return best

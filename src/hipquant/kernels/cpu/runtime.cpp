@@ -25,7 +25,7 @@ constexpr uint32_t kMaxThreads = 256, kMaxNodes = 1 << 24;
 constexpr int kCpuWords = 16;  // affinity masks of 1024 processors
 constexpr int kInterrupted = 4, kArgumentListTooLong = 7;  // EINTR, E2BIG
 constexpr int kChunks = 8;     // of a node for each thread: each costs 0.2 us, the last ones wait for each other
-constexpr int kSpins = 4096;  // pauses before a waiting thread sleeps: some 50 us
+constexpr int kSpins = 4096;  // pauses before a waiting thread sleeps: 50 to 200 us
 
 // One launch as Python packs it: hipquant/driver/cpu.py, Function.
 struct Node {
