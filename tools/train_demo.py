@@ -9,9 +9,11 @@ between, TEXT is fairy_tales.txt. As the shipped file was made:
     for seed in 0 1 2 3 4 5 6 7; do
         python tools/train_demo.py write TEXT WORK --seed $seed; done # text made up by that teacher
     python tools/train_demo.py student TEXT WORK                   # learns their average, quantized
-    python tools/demo_refine.py TEXT WORK                          # unlearns openings known by heart
+    python tools/demo_refine.py TEXT WORK --steps 80 --stories 128 --weight 30   # unlearns openings
+    python tools/demo_refine.py TEXT WORK --name refined --steps 40 --stories 256 --weight 60
     python tools/train_demo.py export TEXT WORK --name refined --out demo.gguf
     python tools/demo_eval.py TEXT demo.gguf                       # bits per byte, copies, stories
+    python tools/demo_copies.py TEXT --model demo.gguf             # copies, by hipquant
 
 One twentieth of the text is held out, for figures only: every slice of 20,000 characters whose number leaves
 19 when divided by 20. `--tune` holds out those that leave 9 as well and measures on them, for the choice of
