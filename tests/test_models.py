@@ -320,6 +320,15 @@ def test_metadata_that_does_not_fit(tmp_path: Path, key: str, value: object, mes
     assert str(path) in str(error.value)
 
 
+def test_a_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(["a", "b", "c"])
+
+    with pytest.raises(InvalidModelFileError, match="the vocabulary has 3 tokens, the embedding 512 rows"):
+        hq.load(_rewritten(tmp_path / "m.gguf", change))
+
+
 def test_nan_scales_are_found(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "m.gguf", type="Q4_0")
     from hipquant.gguf_file import GGUFFile

@@ -10,13 +10,26 @@ from pathlib import Path
 from ..driver import Device
 from ..driver import device as get_device
 from ..errors import InvalidModelFileError
-from ..gguf_file import GGUFFile
+from ..gguf_file import GGUFFile, StringArray
+from ..tokenizer import has_vocabulary
 from .model import Model
 
 ARCHITECTURES = {"llama": "llama"}  # general.architecture -> module
 DEMO = Path(__file__).parent.parent / "demo" / "demo.gguf"
 
 __all__ = ["ARCHITECTURES", "DEMO", "Model", "load"]
+
+
+def _check_vocabulary(file: GGUFFile) -> None:
+    """A vocabulary, where there is one, must have as many tokens as the embedding has rows."""
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or not has_vocabulary(file.metadata):
+        return
+    tokens = file.require("tokenizer.ggml.tokens", StringArray)
+    if len(tokens) != embedding.shape[0]:
+        file.fail(
+            f"the vocabulary has {len(tokens)} tokens, the embedding {embedding.shape[0]} rows; convert the model again"
+        )
 
 
 def load(
@@ -40,6 +53,7 @@ def load(
         raise InvalidModelFileError(
             f"{file.path}: architecture {architecture!r} is not known; there are: {', '.join(ARCHITECTURES)}"
         )
+    _check_vocabulary(file)
     model: Model = import_module(f".{ARCHITECTURES[architecture]}", __name__).load(
         file, get_device(device), context, sequences, progress
     )
