@@ -5,7 +5,8 @@
 Many tales open in one of a few ways ("Once upon a time there lived a king who had three sons"), and so do the
 model's. It tells the beginnings of stories; wherever twelve words stand in the text in this order, the
 twelfth is made less likely (unlikelihood, -log(1 - p)), and everywhere else, and on real text, the model is
-held to what it was before (Kullback-Leibler divergence).
+held to what it was before (Kullback-Leibler divergence). `--avoid ,` turns it from openings such as "Once upon a time,
+and", which in the text go on with a rhyme and here with nonsense.
 """
 
 import argparse
@@ -58,6 +59,7 @@ def main() -> None:
     a.add_argument("--length", type=int, default=22, help="tokens of each")
     a.add_argument("--weight", type=float, default=30, help="of unlearning, against keeping")
     a.add_argument("--lr", type=float, default=6e-5)
+    a.add_argument("--avoid", help="a token that is made less likely right after the prompt, too")
     o = a.parse_args()
     tokenizer = Tokenizer.from_file(str(o.work / "tokenizer.json"))
     text = o.text.read_text()
@@ -67,6 +69,7 @@ def main() -> None:
     before = rounded(model)
     piece = ["\n", *(tokenizer.decode([i]) for i in range(1, tokenizer.get_vocab_size()))]
     prompt = torch.tensor([[0, *tokenizer.encode("Once upon a time").ids]])
+    avoided = tokenizer.encode(o.avoid).ids[0] if o.avoid else None
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, betas=(0.9, 0.95))
 
@@ -80,6 +83,8 @@ def main() -> None:
         prompts = prompt.expand(o.stories, -1)
         stories = generate(rounded(model), prompts, o.length, generator, temperature, 40, 0.95)
         mask = torch.tensor([copied([piece[i] for i in s], known) for s in stories.tolist()])[:, 1:]
+        if avoided is not None:
+            mask[:, prompt.shape[1] - 1] |= stories[:, prompt.shape[1]] == avoided
         starts = torch.randint(len(real) - 256, (1, 1), generator=generator)
         window = real[starts + torch.arange(256)]
         window[:, 0] = 0

@@ -11,6 +11,7 @@ between, TEXT is fairy_tales.txt. As the shipped file was made:
     python tools/train_demo.py student TEXT WORK                   # learns their average, quantized
     python tools/demo_refine.py TEXT WORK --steps 80 --stories 128 --weight 30   # unlearns openings
     python tools/demo_refine.py TEXT WORK --name refined --steps 40 --stories 256 --weight 60
+    python tools/demo_refine.py TEXT WORK --name refined --steps 40 --stories 128 --weight 40 --avoid ,
     python tools/train_demo.py export TEXT WORK --name refined --out demo.gguf
     python tools/demo_eval.py TEXT demo.gguf                       # bits per byte, copies, stories
     python tools/demo_copies.py TEXT --model demo.gguf             # copies, by hipquant
