@@ -260,6 +260,7 @@ def test_the_choice_of_a_code_object(tmp_path: Path, monkeypatch: pytest.MonkeyP
     targets = cpu_targets(host_machine())
     chosen, _, rejected = driver.choose_target()
     assert chosen in targets
+    assert {chosen.name, *(r.target for r in rejected)} == {t.name for t in cpu_targets()}
     assert all(r.reason for r in rejected)
     with pytest.raises(InvalidCodeObjectError, match="not in this installation.*pip install"):
         driver.choose_target(CodeObjects(tmp_path))

@@ -338,39 +338,48 @@ def processor_features() -> frozenset[str] | None:
 
 
 def choose_target(objects: CodeObjects = QUANTIZED) -> tuple[CpuTarget, Path, list[Rejection]]:
-    """The best code object that this processor runs, and why better ones were rejected.
+    """The best code object that this processor runs, and why each of the others was rejected.
 
     The features that the processor advertises are a first sieve; then the object's own probe must run in a child
     process, as hypervisors advertise instructions that trap. HIPQUANT_CPU_TARGET names a target to take instead.
     """
     wanted, features = os.environ.get("HIPQUANT_CPU_TARGET"), processor_features()
+    chosen: tuple[CpuTarget, Path] | None = None
     rejected: list[Rejection] = []
     for target in cpu_targets():
         path = objects.path(target.filename)
-        missing = [f for f in target.features if features is not None and f not in features]
-        if wanted and target.name != wanted:
-            reason = f"HIPQUANT_CPU_TARGET asks for {wanted}"
-        elif target.machine != host_machine():
-            reason = f"for {target.machine}, this is {host_machine()}"
-        elif missing:
-            reason = f"the processor lacks {' '.join(missing)}"
-        elif path is None:
-            reason = "not in this installation"
-        else:
-            result = _probe(path)
-            if result == 1 or (result == 2 and features is not None):
-                return target, path, rejected
-            reason = (
-                f"the processor advertises it, but it ended with signal {-result}" if result < 0 else "wrong results"
-            )
-        rejected.append(Rejection(target.name, reason))
-    listed = "; ".join(f"{r.target}: {r.reason}" for r in rejected)
-    raise InvalidCodeObjectError(f"no code object for this processor. {listed}. Reinstall from source: pip install .")
+        reason = _unfit(target, features, wanted) or ("" if path else "not in this installation")
+        if not reason and chosen is not None:
+            reason = f"{chosen[0].name} is better"
+        if not reason and path is not None:
+            reason = _probe(path)
+            if not reason:
+                chosen = target, path
+        if reason:
+            rejected.append(Rejection(target.name, reason))
+    if chosen is None:
+        listed = "; ".join(f"{r.target}: {r.reason}" for r in rejected)
+        raise InvalidCodeObjectError(f"no code object for this processor. {listed}. Reinstall: pip install .")
+    return *chosen, rejected
 
 
-def _probe(path: Path) -> int:
+def _unfit(target: CpuTarget, features: frozenset[str] | None, wanted: str | None) -> str:
+    """Why a target is not for this processor, as far as can be told without running anything; empty if it is."""
+    if target.machine != host_machine():
+        return f"for {target.machine}, this is {host_machine()}"
+    if wanted and target.name != wanted:
+        return f"HIPQUANT_CPU_TARGET asks for {wanted}"
+    missing = [f for f in target.features if features is not None and f not in features]
+    return f"the processor lacks {' '.join(missing)}" if missing else ""
+
+
+def _probe(path: Path) -> str:
+    """Why an object's probe did not run in a child process; empty if it did, or if there could be no child."""
     probe = ctypes.cast(ctypes.CDLL(str(path)).hq_probe, ctypes.c_void_p)
-    return int(runtime().lib.hq_try_probe(probe))
+    result = int(runtime().lib.hq_try_probe(probe))
+    if result < 0:
+        return f"the processor advertises it, but it ended with signal {-result}"
+    return "" if result in (1, 2) else "its probe gave wrong results"
 
 
 def _threads_wanted() -> int:
