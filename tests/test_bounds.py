@@ -165,7 +165,7 @@ def test_what_a_transformer_needs_beside(at_end: bool, cpu: Device) -> None:
         table = floats(context * dim)
         launch(cpu, rope, rope.grid(ntokens=tokens), q, k, v, *cache, table, *where, n_head, n_kv, dim, dim, context)
         grid = attention.grid(n_head_kv=n_kv, ntokens=tokens)
-        launch(cpu, attention, grid, q, *cache, out, *where, tokens, n_head, n_kv, dim, context, 0.2)
+        launch(cpu, attention, grid, q, *cache, out, *where, n_head, n_kv, dim, context, 0.2)
         norm, silu = wiring.kernel("add_rms_norm_f32"), wiring.kernel("silu_mul_f32")
         for n in (1, 7, 40, 300):
             launch(cpu, norm, norm.grid(rows=2), floats(2 * n), floats(2 * n), floats(n), floats(2 * n), n, 1e-5)
@@ -176,6 +176,30 @@ def test_what_a_transformer_needs_beside(at_end: bool, cpu: Device) -> None:
             launch(cpu, read, read.grid(nbytes=4 * n), floats(n), guarded(np.zeros(1, np.int32), at_end), 4 * n)
 
     in_child(run)
+
+
+@sides
+@pytest.mark.parametrize("kernel", [k for k in wiring.TABLE if k.family == "get_rows"], ids=lambda k: k.name)
+def test_get_rows(kernel: wiring.Kernel, at_end: bool, cpu: Device) -> None:
+    kind = kernel.type
+    assert kind is not None
+    k = kind.block_size * 3
+
+    def run() -> None:
+        x = guarded(random_blocks(np.random.default_rng(0), kind, 5, k), at_end)
+        ids = guarded(np.array([4, 0, 4], np.uint32), at_end)
+        dst = guarded(np.full(3 * k, np.nan, np.float32), at_end)
+        launch(cpu, kernel, kernel.grid(nids=3, k=k), x, ids, dst, k, kind.row_bytes(k))
+        assert np.isfinite(dst.view(np.float32)).all(), "every result must be written"
+
+    in_child(run)
+
+
+def test_every_family_is_here() -> None:
+    """A new family needs its case in this file."""
+    source = Path(__file__).read_text()
+    for kernel in wiring.TABLE:
+        assert f'"{kernel.family}"' in source or f'"{kernel.name}"' in source, kernel.name
 
 
 def test_the_guard_works(cpu: Device) -> None:

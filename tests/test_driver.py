@@ -316,7 +316,7 @@ def test_threads_that_cannot_start_are_an_error(cpu: Device) -> None:
     if os.geteuid() == 0:
         pytest.skip("the limit on processes does not bind root")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pthread_create failed with" in done.stdout
+    assert "hq_run failed with" in done.stdout
     assert done.stdout.endswith("(9, 64)\n")
 
 

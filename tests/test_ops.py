@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hipquant as hq
-from hipquant import ops, quants
+from hipquant import ops, quants, wiring
+from hipquant.driver import Device
+from hipquant.models.layers import Activations, Kernels
 from hipquant.quants import DEQUANTIZE_TYPES, MATRIX_TYPES, WEIGHT_TYPES, QuantType, padded
 from models import random_blocks
 from reference import dequantize, nmse, quantize_q8_1
@@ -153,8 +155,6 @@ def test_nothing_is_written_or_read_outside(kind: QuantType) -> None:
     y = ops.quantize_q8_1(on_the_grid(n, k))
     y.numpy()[:, k // 32 * 36 :] = 0x7F  # NaN scales in what pads a row
     dst = np.full(4 + n * rows + 4, 777, np.float32)
-    from hipquant import wiring
-
     for kernel, grid, params in (
         (wiring.find("mul_mat_vec", kind, batch=n), {"nrows": rows}, [k, rows, padded(k), rows]),
         (wiring.find("mul_mat", kind), {"nrows": rows, "ncols": n}, [k, rows, n, padded(k), rows]),
@@ -246,3 +246,41 @@ def test_tensor_refuses_a_short_buffer() -> None:
         hq.Tensor.from_numpy(np.zeros(143, np.uint8), "Q4_0", (4, 63))
     with pytest.raises(ValueError, match="needs a `type`"):
         hq.Tensor.from_numpy(np.zeros(4))
+
+
+@every_weight_type
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_engine_hides_no_nan(kind: QuantType, bad: float, cpu: Device) -> None:
+    """A column of activations with NaN or infinity gives NaN results, and its neighbour's stay right."""
+    rows, k = 16, kind.block_size
+    w, exact = make(kind, rows, k)
+    y = on_the_grid(2, k)
+    expected = y[1].astype(np.float64) @ exact.T
+    y[0, 5] = bad
+    kernels, x = Kernels(cpu), Activations(Kernels(cpu), k, 2)
+    x.floats.write(y)
+    x.quantize(2)
+    packed, dst = cpu.allocate(w.nbytes), np.zeros((2, rows), np.float32)
+    pack, product = wiring.find("pack", kind), wiring.find("mul_mat_packed", kind)
+    kernels(pack, pack.grid(nrows=rows), w, packed, k, rows)
+    kernels(product, product.grid(nrows=rows), packed, x.tiles, dst, k, rows, 2, rows)
+    assert np.isnan(dst[0]).all()
+    assert nmse(dst[1], expected) <= EXACT
+
+
+def test_attention_and_activation_hide_no_nan(cpu: Device) -> None:
+    kernels, dim, context = Kernels(cpu), 16, 32
+    q, out = np.ones((1, dim), np.float32), np.zeros((1, dim), np.float32)
+    q[0, 3] = np.nan
+    cache = [np.ones(dim * context, np.float16).view(np.uint16) for _ in range(2)]
+    where = [np.array([n], np.int32) for n in (20, 0)]
+    attention, silu = wiring.kernel("attention_f16"), wiring.kernel("silu_mul_f32")
+    kernels(attention, attention.grid(n_head_kv=1, ntokens=1), q, *cache, out, *where, 1, 1, dim, context, 0.25)
+    assert np.isnan(out).all()
+    cache[0][3] = 0x7E00  # NaN as one value of the key at position 3
+    whole = np.ones_like(q)
+    kernels(attention, attention.grid(n_head_kv=1, ntokens=1), whole, *cache, out, *where, 1, 1, dim, context, 0.25)
+    assert np.isnan(out).all()
+    kernels(silu, silu.grid(n=dim), q, np.ones(dim, np.float32), out, dim)
+    assert np.isnan(out[0]).tolist() == np.isnan(q[0]).tolist()
+    np.testing.assert_allclose(out[0, 0], 1 / (1 + np.exp(-1)), rtol=1e-6)

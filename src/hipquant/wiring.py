@@ -34,13 +34,13 @@ PACK_ROWS = 16  # rows that the engine's packed weights interleave
 
 
 class Kind(Enum):
-    """Kind of an argument: how it is passed, and its code in Python's `struct` module."""
+    """Kind of an argument: how it is passed."""
 
-    POINTER = "Q"
-    INT32 = "i"
-    INT64 = "q"
-    SIZE = "Q "  # size_t; the blank keeps it apart from a pointer
-    FLOAT32 = "f"
+    POINTER = "pointer"
+    INT32 = "int32"
+    INT64 = "int64"
+    SIZE = "size"
+    FLOAT32 = "float32"
 
 
 _KINDS = {"int": Kind.INT32, "int64_t": Kind.INT64, "size_t": Kind.SIZE, "float": Kind.FLOAT32}
@@ -246,7 +246,7 @@ def _engine() -> Iterator[Kernel]:
         "attention_f16",
         "attention",
         "const float* q, const uint16_t* k_cache, const uint16_t* v_cache, float* dst, const int* position,"
-        " const int* slot, int ntokens, int n_head, int n_head_kv, int head_dim, int n_context, float scale",
+        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, float scale",
         lambda n_head_kv, ntokens: (n_head_kv, ntokens, 1),
     )
     yield kernel(

@@ -34,14 +34,12 @@ def command(as_json: bool) -> None:
 
 
 def _describe(device: Any) -> dict[str, Any]:
-    from ..driver.cpu import available_memory
-
     return {
         "name": device.kind,
         "device": device.name,
         "target": device.target.name,
         "threads": device.threads,
-        "free_memory": available_memory(),
+        "free_memory": device.free_memory,
         "rejected": [{"target": r.target, "reason": r.reason} for r in device.rejected],
     }
 

@@ -118,7 +118,7 @@ class _Runtime:
     def run(self, nodes: bytes, count: int, what: str) -> None:
         error = self.lib.hq_run(nodes, count)
         if error:
-            raise DriverError("pthread_create", error, os.strerror(error), f"starting the threads that run {what}")
+            raise DriverError("hq_run", error, os.strerror(error), f"the threads that run {what} could not be started")
 
 
 _runtime_lock = threading.Lock()
@@ -426,6 +426,11 @@ class Device:
             raise ValueError(f"the number of threads must be from 1 to 256, not {count}")
         runtime().lib.hq_set_threads(count)
         self._threads = count
+
+    @property
+    def free_memory(self) -> int | None:
+        """Bytes that can still be allocated, or None where the system does not say."""
+        return available_memory()
 
     def get_or_load_func(self, name: str, code_object: CodeObjects | bytes) -> Function:
         """The kernel `name` of a code object, which is loaded once: `QUANTIZED`, or the bytes of a shared object."""

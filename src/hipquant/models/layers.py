@@ -82,28 +82,21 @@ class Weights:
         self.file, self.device, self.kernels = file, device, Kernels(device)
         self.memory, self._done, self._progress = 0, 0, progress
         self._total = sum(t.nbytes for t in file.tensors.values())
-        free = self.free_memory()
+        free = device.free_memory
         if free is not None and self._total > free:
             raise OutOfDeviceMemoryError(self._total, free, f"the weights of {file.path.name}")
         # One place for all, so that it comes in huge pages throughout; what is not used is never touched.
         padding = sum(PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT for t in file.tensors.values())
         self._place, self._used = device.allocate(self._total + padding, f"the weights of {file.path.name}"), 0
 
-    @staticmethod
-    def free_memory() -> int | None:
-        from ..driver.cpu import available_memory
-
-        return available_memory()
-
     def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        """A tensor that must be there with this shape; a length of 0 stands for any."""
+        """A tensor that must be there with this shape."""
         info = self.file.tensors.get(name)
         if info is None:
             self.file.fail(f"tensor {name!r} is missing; the file is not a whole model: download or convert it again")
-        if len(info.shape) != len(shape) or any(want not in (0, n) for n, want in zip(info.shape, shape, strict=True)):
-            wanted = tuple(n or "any" for n in shape)
+        if info.shape != shape:
             self.file.fail(
-                f"tensor {name!r} has shape {info.shape}, the metadata says {wanted}; convert the model again"
+                f"tensor {name!r} has shape {info.shape}, the metadata says {shape}; convert the model again"
             )
         return info
 

@@ -173,7 +173,7 @@ class Llama(Model):
         self.kernels(rope, rope.grid(ntokens=n), self.q, self.k, self.v, *where, self.rope, *tokens, *sizes,
                      c.rope.n_rot, self.cache.n_context)  # fmt: skip
         self.kernels(attention, attention.grid(n_head_kv=c.n_head_kv, ntokens=n), self.q, *where,
-                     self.attended.floats, *tokens, n, *sizes, self.cache.n_context, c.head_dim**-0.5)  # fmt: skip
+                     self.attended.floats, *tokens, *sizes, self.cache.n_context, c.head_dim**-0.5)  # fmt: skip
         self._quantize(self.attended, n, layer.attn_output)
         layer.attn_output(self.attended, self.branch, n)
 

@@ -83,8 +83,8 @@ template <int H> static void attend(const Query& query, const uint16_t* keys, co
 HQ_ENTRY(attention_f16) {
     const auto* position = arg<const int*>(params, 4);
     const auto* slot = arg<const int*>(params, 5);
-    const int n_head = arg<int>(params, 7), n_head_kv = arg<int>(params, 8), head_dim = arg<int>(params, 9);
-    const int n_context = arg<int>(params, 10), shared = n_head / n_head_kv;
+    const int n_head = arg<int>(params, 6), n_head_kv = arg<int>(params, 7), head_dim = arg<int>(params, 8);
+    const int n_context = arg<int>(params, 9), shared = n_head / n_head_kv;
     for (uint64_t block = launch->begin; block < launch->end; block++) {
         const int kv = (int)(block % launch->grid[0]);
         const int64_t token = block / launch->grid[0];
@@ -94,7 +94,7 @@ HQ_ENTRY(attention_f16) {
         for (int h = 0; h < shared;) {
             const int64_t at = (token * n_head + kv * shared + h) * head_dim;
             const Query query = {arg<const float*>(params, 0) + at, arg<float*>(params, 3) + at, head_dim,
-                                 position[token] + 1, arg<float>(params, 11)};
+                                 position[token] + 1, arg<float>(params, 10)};
             if (shared - h >= 8)
                 attend<8>(query, keys, values), h += 8;
             else if (shared - h >= 4)

@@ -153,7 +153,7 @@ HQ_INLINE vi dot4_broadcast_signed(vi acc, vb w, const int8_t* y) { return dot4_
 // e^x, relative error below 2e-7: 2^n by the exponent bits, the rest by a polynomial on [-ln2/2, ln2/2].
 template <class V> HQ_INLINE V exp_(V x) {
     using I = vec<int32_t, sizeof(V) / 4>;
-    x = __builtin_elementwise_max(__builtin_elementwise_min(x, (V)88.0f), (V)-87.0f);
+    x = x > 88.0f ? (V)88.0f : x < -87.0f ? (V)-87.0f : x;  // NaN stays what it is
     V n = __builtin_elementwise_roundeven(x * 1.44269504088896341f);
     V r = fma(n, (V)-0.693359375f, x);
     r = fma(n, (V)2.12194440e-4f, r);  // ln 2 in two parts, so that n ln 2 is exact enough

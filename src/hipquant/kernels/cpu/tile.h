@@ -32,12 +32,14 @@ template <class F> HQ_INLINE void each_tile(int n, F f) {
 // One slice of one tile into Q8Tile<T>; columns beyond n are zero.
 template <int T> HQ_INLINE void quantize_column(Q8Tile<T>* tile, int t, const float* x) {
     f32x8 v[4];
-    f32x8 biggest = 0;
+    f32x8 biggest = 0, sums = 0;
     for (int i = 0; i < 4; i++) {
         v[i] = load<f32x8>(x + 8 * i);
         biggest = __builtin_elementwise_max(biggest, __builtin_elementwise_abs(v[i]));
+        sums += v[i];
     }
-    const float d = max(biggest) / 127, inverse = d != 0 ? 1 / d : 0;
+    // The maximum passes NaN over; 0 * sums brings it, or an infinity, into the scale, so that it reaches the result.
+    const float d = max(biggest) / 127 + sum(sums * 0), inverse = d != 0 ? 1 / d : 0;
     i32x8 total[2] = {0, 0};
     for (int i = 0; i < 4; i++) {
         const i32x8 q = __builtin_convertvector(__builtin_elementwise_roundeven(v[i] * inverse), i32x8);
