@@ -1,0 +1,16 @@
+// The 12 bytes in which Q4_K and Q5_K keep 8 scales and 8 minimums of 6 bits. Sub-block i < 4: scale in the low 6 bits of
+// byte i, minimum in those of byte i + 4; sub-block i >= 4: low nibbles in byte i + 4, high two bits at the top of
+// bytes i - 4 (scale) and i (minimum).
+#pragma once
+#include "../blocks.h"
+
+// Scales and minimums of sub-blocks 2c and 2c + 1: byte 0 and 1 of each word.
+struct KScales {
+    uint32_t scales, minimums;
+};
+HQ_INLINE KScales k_scales(uint32_t a, uint32_t b, uint32_t c, uint32_t chunk) {
+    const uint32_t shift = 16 * (chunk & 1);
+    a >>= shift, b >>= shift, c >>= shift;
+    if (chunk < 2) return {a & 0x3F3F, b & 0x3F3F};
+    return {(c & 0x0F0F) | (a >> 2 & 0x3030), (c >> 4 & 0x0F0F) | (b >> 2 & 0x3030)};
+}

@@ -1,0 +1,35 @@
+// Q4_0: | d half | qs 16 bytes |   32 weights = d (q - 8). Byte j of qs: weight j in the low, j + 16 in the high nibble.
+#pragma once
+#include "../blocks.h"
+
+struct Q4_0 {
+    struct Block {
+        uint16_t d;
+        uint8_t qs[16];
+    };
+    static_assert(sizeof(Block) == 18, "18 bytes");
+    static constexpr int kBlock = 32, kGroup = 32, kFactor = 16;
+    static constexpr bool kMin = false;
+
+    // A nibble with its top bit flipped, at the top of a byte, is 16 (q - 8).
+    HQ_INLINE uint32_t integers(uint32_t flipped, bool high) { return (high ? flipped : flipped << 4) & 0xF0F0F0F0; }
+
+    HQ_INLINE uint32_t word(const Block& b, int j) { return integers(load4(b.qs + 4 * (j % 4)) ^ 0x88888888, j >= 4); }
+    HQ_INLINE float scale(const Block& b, int) { return half_to_float(b.d) * (1.0f / kFactor); }
+    HQ_INLINE float minimum(const Block&, int) { return 0; }
+
+    static constexpr int kUnits = 1, kStrip = 32, kStep = 32, kSpan = 32;
+    static constexpr bool kSub = false;
+    struct Unit {
+        Words<16> q;
+        uint32_t d;
+    };
+    template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t) {
+        Unit r{field<16>(row, block * 18 + 2), field_half(row, block * 18)};
+        for (int i = 0; i < 4; i++) r.q.w[i] ^= 0x88888888;
+        return r;
+    }
+    HQ_INLINE uint32_t position(uint32_t) { return 0; }
+    HQ_INLINE uint32_t word(const Unit& v, int, int i) { return integers(v.q.w[i % 4], i >= 4); }
+    HQ_INLINE float d(const Unit& v) { return half_to_float(v.d); }
+};

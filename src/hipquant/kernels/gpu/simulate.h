@@ -1,0 +1,108 @@
+// The third branch of device.h: kernels as functions of the host. Each thread of a block is a fiber (simulate.cpp);
+// barriers and what a team does together wait for all of them, and know from where each of them came. Whatever a GPU
+// would not forgive, or would forgive only by chance, ends the simulation with a sentence.
+#pragma once
+
+#define HQ_INLINE static inline __attribute__((always_inline, unused))
+#define HQ_MEMBER __attribute__((always_inline))
+#define HQ_KERNEL(threads) extern "C" void
+#define HQ_RESIDENT_KERNEL(threads, blocks) HQ_KERNEL(threads)
+#define HQ_SHARED static __attribute__((section(".hq_shared")))  // filled with NaN between blocks
+#if HQ_MATRIX_UNITS
+constexpr bool kMatrixUnits = true;
+#else
+constexpr bool kMatrixUnits = false;
+#endif
+
+// Whether lanes came together at one place is told by where they were called from: calls are not moved, copied, merged.
+#define HQ_TOGETHER __attribute__((noinline, convergent, nomerge))
+#define HQ_SITE int line = __builtin_LINE(), const char *file = __builtin_FILE()
+
+extern "C" {
+struct hq_thread {
+    int x, y;
+    uint32_t block_x, block_y;
+    int wave;  // lanes of a wave: 32 or 64
+};
+extern hq_thread hq_now;  // the thread that runs
+void hq_barrier(const char* file, int line) HQ_TOGETHER;
+int hq_shuffle_xor(int v, int mask, int lanes, const char* file, int line) HQ_TOGETHER;
+void hq_mma(int* c, const uint32_t* a, const uint32_t* b, int k, const char* file, int line) HQ_TOGETHER;
+void hq_fault(const char* format, ...) __attribute__((noreturn, cold, format(printf, 1, 2)));
+float hq_half_to_float(uint32_t bits);
+uint16_t hq_float_to_half(float v);
+}
+
+HQ_INLINE int thread_x() { return hq_now.x; }
+HQ_INLINE int thread_y() { return hq_now.y; }
+HQ_INLINE uint32_t block_x() { return hq_now.block_x; }
+HQ_INLINE uint32_t block_y() { return hq_now.block_y; }
+
+HQ_INLINE void barrier(HQ_SITE) { hq_barrier(file, line); }
+template <int kMask> HQ_INLINE int shuffle_xor(int v, HQ_SITE) {
+    static_assert(kMask == 1 || kMask == 2 || kMask == 7 || kMask == 15 || kMask == 16, "a mask of a butterfly");
+    return hq_shuffle_xor(v, kMask, 32, file, line);
+}
+// Across a whole wave, as kernels for one wave size do it: for tests of what comes of that.
+HQ_INLINE int wave_size() { return hq_now.wave; }
+HQ_INLINE float wave_shuffle_xor(float v, int mask, HQ_SITE) {
+    return __builtin_bit_cast(float, hq_shuffle_xor(__builtin_bit_cast(int, v), mask, hq_now.wave, file, line));
+}
+
+HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
+    for (int i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
+    return c;
+}
+HQ_INLINE int mul24(int a, int b) {
+    const int most = 1 << 23;
+    if (a < -most || a >= most || b < -most || b >= most) hq_fault("mul24(%d, %d): more than 24 bits", a, b);
+    return (int)((uint32_t)a * (uint32_t)b);
+}
+HQ_INLINE uint32_t mul24u(uint32_t a, uint32_t b) {
+    if ((a | b) >> 24) hq_fault("mul24u(%u, %u): more than 24 bits", a, b);
+    return a * b;
+}
+HQ_INLINE void keep_order() {}
+
+HQ_INLINE float half_to_float(uint32_t bits) { return hq_half_to_float(bits); }
+HQ_INLINE uint16_t float_to_half(float v) { return hq_float_to_half(v); }
+HQ_INLINE uint32_t middle(uint32_t a, uint32_t b) { return a >> 16 | b << 16; }
+
+HQ_INLINE const void* aligned_to(int bytes, const void* p, const char* what) {
+    if ((uint64_t)p % (uint32_t)bytes) hq_fault("%s at an address that is not a multiple of %d", what, bytes);
+    return p;
+}
+
+template <int N, int kAlign> HQ_INLINE Words<N> load_vectors(const void* p) {
+    Words<N> r;
+    __builtin_memcpy(r.w, aligned_to(kAlign, p, "a load"), N);
+    return r;
+}
+
+template <int kAlign> struct Row {
+    const uint8_t* p;
+};
+// With matrix units as on NVIDIA: rows of such blocks are aligned as far as their sizes allow.
+constexpr int row_alignment(int block_bytes) {
+    return !kMatrixUnits ? 2 : block_bytes % 16 == 0 ? 16 : block_bytes % 8 == 0 ? 8 : block_bytes % 4 == 0 ? 4 : 2;
+}
+template <int N, int kAlign> HQ_INLINE Words<N> field(Row<kAlign> row, uint32_t at) {
+    static_assert(N % 8 == 0, "pairs of words");
+    return load_vectors<N, (kAlign == 16 && N < 16 ? 8 : kAlign)>(row.p + at);
+}
+template <int kAlign> HQ_INLINE uint32_t field_word(Row<kAlign> row, uint32_t at) {
+    return load_vectors<4, (kAlign < 4 ? 2 : 4)>(row.p + at).w[0];
+}
+template <int kAlign> HQ_INLINE uint32_t field_half(Row<kAlign> row, uint32_t at) {
+    return *(const uint16_t*)aligned_to(2, row.p + at, "a load");
+}
+template <int kAlign> HQ_INLINE int field_byte(Row<kAlign> row, uint32_t at) { return (int8_t)row.p[at]; }
+
+template <int N> HQ_INLINE Words<N> load_words(const void* p) { return load_vectors<N, 4>(p); }
+HQ_INLINE uint32_t load4(const void* p) { return load_vectors<4, 2>(p).w[0]; }
+template <int kAlign, int N> HQ_INLINE void store(void* p, const Words<N>& v) {
+    __builtin_memcpy((void*)aligned_to(kAlign, p, "a store"), v.w, N);
+}
+
+HQ_INLINE void mma_k16(int c[4], const uint32_t a[2], uint32_t b, HQ_SITE) { hq_mma(c, a, &b, 16, file, line); }
+HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2], HQ_SITE) { hq_mma(c, a, b, 32, file, line); }
