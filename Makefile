@@ -1,11 +1,11 @@
 # make run    installs hipquant into its own environment; the demo model writes a story on the CPU
 # make test   installs what the tests need; lint, types, tests
 # make bench  measures the kernels and the models against the read ceiling (and llama.cpp, where LLAMA_BENCH names it)
-# make wheel  a wheel for every machine there are code objects for
+# make wheel  a wheel with every code object: all GPUs, all machines
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml tools/build_hook.py $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.gguf')
+SOURCES := pyproject.toml tools/build_hook.py $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hip' -o -name '*.gguf')
 PROMPT ?= Once upon a time
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -27,12 +27,14 @@ bench: $(VENV)-test/installed
 wheel:
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/pip install -q build
-	HIPQUANT_TARGETS=all $(VENV)-wheel/bin/python -m build -q
+	HIPQUANT_TARGETS=all $(VENV)-wheel/bin/python -m build -q --sdist --wheel
 
+# The compiler is installed, not only borrowed for the build: `hipquant build` needs it too.
 $(VENV)/installed: $(SOURCES)
 	@echo "installing hipquant into $(VENV); the first time this takes a minute or two"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q .
+	@$(BIN)/pip install -q hatchling ziglang==0.17.1
+	@$(BIN)/pip install -q --no-build-isolation .
 	@touch $@
 
 # Editable, with the build tools in the environment, so that the tests can compile.
@@ -43,4 +45,5 @@ $(VENV)-test/installed: pyproject.toml tools/build_hook.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-test $(VENV)-wheel build dist src/hipquant/codeobjects/*.so src/hipquant/codeobjects/*.json
+	rm -rf $(VENV) $(VENV)-test $(VENV)-wheel build dist
+	cd src/hipquant/codeobjects && rm -rf .parts *.so *.hsaco *.ptx *.json

@@ -1,7 +1,12 @@
-"""Builds what is out of date before the tests run, and gives them the device."""
+"""Builds what is out of date before the tests run, and gives them the device.
+
+HIPQUANT_TARGETS="cpu gfx1100" builds no more than that: tests of other targets then see what is there.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +16,23 @@ from hipquant.driver import Device
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # once, not in every worker of pytest-xdist
-        from hipquant.toolchain.compile import build_cpu
+    if not hasattr(config, "workerinput"):  # once, before the workers of pytest-xdist start
+        _build(os.environ.get("HIPQUANT_TARGETS", "amd nvidia cpu").replace(",", " ").split())
 
-        build_cpu()
+
+def _build(words: list[str]) -> None:
+    from hipquant.targets import select
+    from hipquant.toolchain.build import build, plan
+    from hipquant.toolchain.compile import OUTPUT, CompileError, up_to_date
+
+    targets = select(words)
+    try:
+        stale = [o.filename for o in plan(targets) if not up_to_date(o, OUTPUT)]
+        if stale:
+            print(f"building {len(stale)} code objects; all of them take minutes", file=sys.stderr)
+            build(targets)
+    except CompileError as error:
+        pytest.exit(str(error), returncode=1)
 
 
 @pytest.fixture(scope="session")

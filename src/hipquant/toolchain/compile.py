@@ -1,159 +1,232 @@
-"""Compiles kernels/cpu/ into one shared object per target, with nothing but the `ziglang` wheel.
+"""Runs compilers, many at a time, and keeps what is up to date.
 
-`zig clang` compiles, `zig ld.lld` links: neither needs a header or a library of the machine. The objects refer to a
-few functions of the C library by plain name and so run on any Linux that has one, glibc or musl.
+A code object is joined from *parts*, one run of a compiler each. Both are remembered by fingerprints of everything
+that they are made from, the parts in the hidden folder `.parts` beside the objects: a change recompiles the parts that
+it touches, and an interrupted build goes on where it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .. import quants
-from ..quants import DequantizeArgs
-from ..targets import RUNTIMES, CpuTarget, cpu_targets, host_machine, runtime_filename
+from ..errors import HipquantError
 
 PACKAGE = Path(__file__).parent.parent
-SOURCES = PACKAGE / "kernels" / "cpu"
 OUTPUT = PACKAGE / "codeobjects"
-MANIFEST = "manifest.json"
-RUNTIME = "runtime.cpp"
-FLAGS = (
-    "-O3 -std=c++20 -ffreestanding -fno-exceptions -fno-rtti -fno-threadsafe-statics -fno-stack-protector"
-    " -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
-).split()
+MANIFEST, FACTS, PARTS = "manifest.json", "facts.json", ".parts"
+Progress = Callable[[int, int], None]
+Facts = dict[str, dict[str, Any]]  # of one code object: kernel -> instruction facts
 
 
-class CompileError(RuntimeError):
-    """The compiler refused a source: its own message, and which file and target."""
+class CompileError(HipquantError, RuntimeError):
+    """A compiler is missing, or refused a source: its own message, and which file and target."""
 
 
-def types_header() -> str:
-    """The type table as C: includes of the type headers and a list of rows for each family of entry points."""
+@dataclass(frozen=True)
+class Part:
+    """One run of a compiler. `make(scratch, to)` writes the file; `scratch` is a folder of this build."""
 
-    def rows(name: str, lines: Iterable[str]) -> str:
-        return f"#define {name}(X) " + " ".join(f"X({line})" for line in lines) + "\n"
-
-    dequantize = []
-    for t in quants.DEQUANTIZE_TYPES:
-        assert t.dequantize is not None
-        arg = {DequantizeArgs.NB32: "NB32", DequantizeArgs.K: "K", DequantizeArgs.GRID: "GRID"}[t.dequantize.args]
-        dequantize.append(f"{t.suffix}, {t.name}, {t.dequantize.elements}, {arg}")
-    from ..wiring import find
-
-    names = [f"{find('dequantize_mul_mat_vec', t).name}, {t.name}" for t in quants.WEIGHT_TYPES]
-    tiles = [f"{t.suffix}, {t.name}, {t.tile[0]}, {t.tile[1]}" for t in quants.WEIGHT_TYPES if t.tile]
-    includes = "".join(f'#include "quants/{t.suffix}.h"\n' for t in quants.DEQUANTIZE_TYPES)
-    return (
-        "// Generated from quants.py.\n#pragma once\n"
-        + includes
-        + '#include "floats.h"\n'
-        + rows("HQ_WEIGHT_TYPES", (f"{t.suffix}, {t.name}" for t in quants.WEIGHT_TYPES))
-        + rows("HQ_FLOAT_TYPES", (f"{t.suffix}, {t.name}" for t in quants.FLOAT_TYPES))
-        + rows("HQ_DEQUANTIZE_TYPES", dequantize)
-        + rows("HQ_DEQUANTIZE_MAT_VEC_NAMES", names)
-        + rows("HQ_TILES", tiles)
-    )
+    name: str
+    fingerprint: str
+    make: Callable[[Path, Path], None]
 
 
-def _run(arguments: list[str], what: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "ziglang", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise CompileError(f"{what} failed:\n{done.stderr.strip() or done.stdout.strip()}")
+@dataclass(frozen=True)
+class Object:
+    """A code object. `join(parts, scratch, to)` writes it, and says what the instructions of its kernels are.
+
+    `prepare(scratch)` writes what the parts include: it is called once for each `Object` before any is compiled.
+    """
+
+    filename: str
+    target: str
+    parts: tuple[Part, ...]
+    join: Callable[[Sequence[Path], Path, Path], Facts | None]
+    prepare: Callable[[Path], None]
+    joined_by: str = ""  # fingerprint of what joins, beside the parts
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.filename, self.joined_by, *(p.fingerprint for p in self.parts))
 
 
-def _compile(source: Path, triple: str, flags: Iterable[str], to: Path) -> None:
-    import ziglang
-
-    builtins = Path(ziglang.__file__).parent / "lib"  # clang's own headers: stdint.h, immintrin.h, arm_neon.h
-    machine = ["-target", triple, "-resource-dir", str(builtins), *flags]
-    arguments = ["clang", *machine, *FLAGS, f"-I{SOURCES}", f"-I{to.parent}", "-c", str(source)]
-    _run([*arguments, "-o", str(to)], f"compiling {source.name} for {triple} {' '.join(flags)}")
-
-
-def _link(objects: list[Path], machine: str, to: Path) -> None:
-    emulation = {"x86_64": "elf_x86_64", "aarch64": "aarch64linux"}[machine]
-    partial = to.with_suffix(f".{os.getpid()}.part")
-    arguments = ["ld.lld", "-shared", "-m", emulation, "--gc-sections", "-s", "--build-id=none", "-z", "noexecstack"]
-    _run([*arguments, "-o", str(partial), *map(str, objects)], f"linking {to.name}")
-    partial.replace(to)  # a process that has the old object loaded keeps it
-
-
-def _fingerprint(triple: str, flags: Iterable[str], sources: Iterable[Path]) -> str:
-    """Changes whenever the object would: sources, headers, tables, flags and compiler."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        compiler = version("ziglang")
-    except PackageNotFoundError:
-        compiler = ""
-    h = hashlib.sha256(repr((compiler, triple, tuple(flags), FLAGS, types_header())).encode())
-    for path in sorted([*sources, *SOURCES.rglob("*.h")]):
-        h.update(path.name.encode() + path.read_bytes())
+def fingerprint(*of: object, files: Iterable[Path] = ()) -> str:
+    """Changes whenever one of the things does, or a file."""
+    h = hashlib.sha256(repr(of).encode())
+    for path in sorted(files):
+        data = path.read_bytes()
+        h.update(f"\n{path.name} {len(data)}\n".encode() + data)
     return h.hexdigest()
 
 
-def kernel_sources() -> list[Path]:
-    return sorted(p for p in SOURCES.glob("*.cpp") if p.name != RUNTIME)
+def run(command: Sequence[str | Path], what: str, **more_env: str) -> str:
+    """Runs a compiler; gives what it wrote to standard error. `CompileError` with its message where it fails."""
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "LC_ALL": "C", **more_env},
+        )
+    except OSError as error:
+        raise CompileError(f"{what} failed: {words[0]} cannot be run: {error.strerror}") from None
+    if done.returncode:
+        message = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise CompileError(f"{what} failed:\n{message}")
+    return done.stderr
 
 
-def build_cpu(
-    machines: Iterable[str] | None = None,
-    output: Path = OUTPUT,
-    progress: Callable[[int, int], None] | None = None,
+def write(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all; a process that has the old one loaded keeps it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def up_to_date(object: Object, output: Path) -> bool:
+    known = read_json(output / MANIFEST).get(object.filename)
+    return known == object.fingerprint and (output / object.filename).is_file()
+
+
+def build_objects(
+    objects: Sequence[Object], output: Path, *, jobs: int | None = None, progress: Progress | None = None
 ) -> list[Path]:
-    """Builds the runtime and every code object of the machines (default: this one) that is not up to date.
+    """Builds the objects that are not up to date into a folder, `jobs` at a time (default: processors).
 
-    Returns the files. `progress(done, total)` is called after each source. Raises `CompileError`.
+    The parts are compiled in the order given: those that take longest come first. Gives the files.
+    `progress(done, total)` is called after each step. Raises `CompileError`, and `OSError` where the folder cannot be
+    written.
     """
-    chosen = tuple(machines) if machines is not None else (host_machine(),)
-    jobs: list[tuple[str, str, str, tuple[str, ...], list[Path]]] = []
-    for machine in chosen:
-        if machine not in RUNTIMES:
-            raise CompileError(f"no CPU target for {machine}; there are {', '.join(RUNTIMES)}")
-        jobs.append((runtime_filename(machine), machine, RUNTIMES[machine], (), [SOURCES / RUNTIME]))
-        jobs += [(t.filename, machine, t.triple, t.flags, kernel_sources()) for t in cpu_targets(machine)]
-    output.mkdir(parents=True, exist_ok=True)
-    manifest_path = output / MANIFEST
-    manifest: dict[str, str] = json.loads(manifest_path.read_text()) if manifest_path.exists() else {}
-    todo = []
-    for name, machine, triple, flags, sources in jobs:
-        fingerprint = _fingerprint(triple, flags, sources)
-        if manifest.get(name) != fingerprint or not (output / name).exists():
-            todo.append((name, machine, triple, flags, sources, fingerprint))
-    total, done = sum(len(t[4]) for t in todo), 0
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        (Path(folder) / "types.h").write_text(types_header())
-        pending = []
-        for name, machine, triple, flags, sources, fingerprint in todo:
-            objects = [Path(folder) / f"{name}.{s.stem}.o" for s in sources]
-            compiled = [pool.submit(_compile, s, triple, flags, o) for s, o in zip(sources, objects, strict=True)]
-            pending.append((name, machine, objects, compiled, fingerprint))
-        for name, machine, objects, compiled, fingerprint in pending:
-            for future in compiled:
-                future.result()
-                done += 1
-                if progress:
-                    progress(done, total)
-            _link(objects, machine, output / name)
-            manifest[name] = fingerprint
-            manifest_path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    return [output / name for name, *_ in jobs]
+    (output / PARTS).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        todo = [o for o in objects if not up_to_date(o, output)]
+        if todo:
+            _Build(todo, output, Path(scratch), progress).run(jobs or processors())
+    return [output / o.filename for o in objects]
 
 
-def wanted_machines() -> tuple[str, ...]:
-    """What `pip install` builds: this machine's objects, or those of HIPQUANT_TARGETS (`all`, or machines)."""
-    chosen = os.environ.get("HIPQUANT_TARGETS", "").replace(",", " ").split()
-    if chosen == ["all"]:
-        return tuple(RUNTIMES)
-    return tuple(chosen) or (host_machine(),)
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Files and what is remembered of them change together, also where two builds write to one folder."""
+    with (folder / "lock").open("a") as file:
+        try:
+            import fcntl
+        except ImportError:  # not a Unix
+            yield
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-__all__ = ["CompileError", "CpuTarget", "build_cpu", "types_header", "wanted_machines"]
+class _Build:
+    """The steps of one call of `build_objects`: parts, and objects once their parts are there.
+
+    The scratch folder holds every part, those that are up to date too: nobody else replaces them there.
+    """
+
+    def __init__(self, objects: Sequence[Object], output: Path, scratch: Path, progress: Progress | None) -> None:
+        self.objects, self.output, self.scratch, self.progress = objects, output, scratch, progress
+        self.parts = output / PARTS
+        parts = {p.name: p for o in objects for p in o.parts}
+        with _locked(self.parts):
+            known = read_json(self.parts / MANIFEST)
+            have = {p.name for p in parts.values() if known.get(p.name) == p.fingerprint and self._take(p)}
+        self.missing = {name: part for name, part in parts.items() if name not in have}
+        self.queue, self.waiting = list(self.missing.values()), list(objects)
+        self.done, self.total = 0, len(self.missing) + len(objects)
+
+    def _take(self, part: Part) -> bool:
+        try:
+            shutil.copyfile(self.parts / part.name, self.scratch / part.name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def run(self, jobs: int) -> None:
+        for o in self.objects:
+            o.prepare(self.scratch)
+        with ThreadPoolExecutor(jobs) as pool:
+            running: dict[Future[Facts | None], Part | Object] = {}
+            while self.done < self.total:
+                while len(running) < jobs and (what := self._next()) is not None:
+                    running[pool.submit(self._do, what)] = what
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self._finish(running.pop(future), future.result())
+
+    def _next(self) -> Part | Object | None:
+        """An object whose parts are there, otherwise the next part, if any."""
+        for o in self.waiting:
+            if not any(p.name in self.missing for p in o.parts):
+                self.waiting.remove(o)
+                return o
+        return self.queue.pop(0) if self.queue else None
+
+    def _do(self, what: Part | Object) -> Facts | None:
+        if isinstance(what, Part):
+            what.make(self.scratch, self.scratch / what.name)
+            return None
+        return what.join([self.scratch / p.name for p in what.parts], self.scratch, self._joined(what))
+
+    def _joined(self, o: Object) -> Path:
+        return self.scratch / f"joined-{o.filename}"  # a part may have the object's name
+
+    def _finish(self, what: Part | Object, facts: Facts | None) -> None:
+        with _locked(self.parts):
+            if isinstance(what, Part):
+                write(self.parts / what.name, (self.scratch / what.name).read_bytes())
+                _update(self.parts / MANIFEST, what.name, what.fingerprint)
+                del self.missing[what.name]
+            else:
+                self._record(what, facts)
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total)
+
+    def _record(self, o: Object, facts: Facts | None) -> None:
+        """The manifest last: an interruption before it makes the object be joined again."""
+        data = self._joined(o).read_bytes()
+        write(self.output / o.filename, data)
+        known = {"sha256": hashlib.sha256(data).hexdigest(), "kernels": facts} if facts is not None else None
+        _update(self.output / FACTS, o.target, known)
+        _update(self.output / MANIFEST, o.filename, o.fingerprint)
+
+
+def _update(path: Path, key: str, value: object) -> None:
+    """Sets a key of a JSON object in a file; None removes it."""
+    every = read_json(path)
+    every.pop(key, None)
+    if value is not None:
+        every[key] = value
+    write(path, (json.dumps(every, indent=1, sort_keys=True) + "\n").encode())
