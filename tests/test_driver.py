@@ -32,9 +32,6 @@ def add(cpu: Device, x: np.ndarray, bias: np.ndarray) -> None:
 def test_devices() -> None:
     assert hq.device("auto") is hq.device("cpu") is hq.devices()[0]
     assert hq.device("cpu").kind == "cpu"
-    for name in ("cuda:0", "hip"):
-        with pytest.raises(DeviceNotFoundError, match="runs on the CPU only; use 'cpu'"):
-            hq.device(name)
     with pytest.raises(DeviceNotFoundError, match="no device 'tpu'; there are: auto, cpu"):
         hq.device("tpu")
 
@@ -271,13 +268,14 @@ def test_the_choice_of_a_code_object(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_instructions_that_trap_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu: Device) -> None:
     """An object whose probe traps is rejected although the processor advertises everything: the test compiles one."""
-    from hipquant.toolchain import compile as toolchain
+    from hipquant.toolchain import cpu as toolchain
 
     source = tmp_path / "probe.cpp"
     source.write_text('extern "C" __attribute__((visibility("default"))) int hq_probe() { __builtin_trap(); }')
     target = cpu.target
-    toolchain._compile(source, target.triple, target.flags, tmp_path / "probe.o")
-    toolchain._link([tmp_path / "probe.o"], target.machine, tmp_path / target.filename)
+    toolchain.prepare(tmp_path)
+    toolchain.compile_source(source, target.triple, target.flags, tmp_path, tmp_path / "probe.o")
+    toolchain.link([tmp_path / "probe.o"], target.machine, tmp_path / target.filename)
     with pytest.raises(InvalidCodeObjectError, match="advertises it, but it ended with signal [45]"):
         driver.choose_target(CodeObjects(tmp_path))
 

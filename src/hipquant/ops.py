@@ -3,6 +3,9 @@
 Weights are tensors of GGUF blocks, shape (rows, k). Activations are float32 tensors or arrays, shape (k,) or
 (columns, k). Results are float32 tensors, shape (rows,) or (columns, rows): `dst[column * rows + row]`.
 
+They return when the launch is queued; `Tensor.numpy()` waits for the device's stream. After a launch on a stream of
+one's own, synchronize that one first.
+
 Source of the formats and of the names: ggml (llama.cpp) and Candle; see quants.py and wiring.py.
 """
 
@@ -15,7 +18,7 @@ import numpy.typing as npt
 
 from . import wiring
 from .codeobjects import QUANTIZED
-from .driver import Stream
+from .driver import Buffer, Stream
 from .errors import UnsupportedQuantTypeError
 from .quants import DEQUANTIZE_TYPES, F16, F32, MATRIX_TYPES, Q8_1, WEIGHT_TYPES, DequantizeArgs, QuantType, padded
 from .tensor import Tensor
@@ -58,8 +61,8 @@ def _floats(x: object, what: str, like: Tensor | None) -> Tensor:
     if isinstance(x, Tensor):
         if x.type is not F32:
             raise UnsupportedQuantTypeError(x.type, f"{what}: activations", ("F32",))
-        if like is not None and x.device is not like.device:
-            raise ValueError(f"{what}: activations are on {x.device}, weights on {like.device}")
+        if like is not None:
+            _check_device(x, what, like)
         return x
     if not isinstance(x, np.ndarray) or x.dtype != np.float32:
         found = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else type(x).__name__
@@ -67,11 +70,21 @@ def _floats(x: object, what: str, like: Tensor | None) -> Tensor:
     return Tensor.from_numpy(x, device=like.device if like is not None else "auto")
 
 
+def _check_device(x: Tensor, what: str, like: Tensor) -> None:
+    if x.device is not like.device:
+        raise ValueError(f"{what}: activations are on {x.device}, weights on {like.device}")
+
+
 def _columns(x: Tensor, what: str, k: int) -> int:
     """Columns of activations whose length must be k."""
     if len(x.shape) not in (1, 2) or x.shape[-1] != k:
         raise ValueError(f"{what}: activations must have shape ({k},) or (columns, {k}), not {x.shape}")
     return x.rows
+
+
+def _from(t: Tensor, offset: int) -> Buffer:
+    """A tensor's memory from a byte on. Unlike an address, it keeps the whole alive in a captured graph."""
+    return t.buffer.view(offset, t.buffer.nbytes - offset)
 
 
 def _result(w: Tensor, y: Tensor, rows: int) -> Tensor:
@@ -94,7 +107,7 @@ def quantize_q8_1(x: Activations, *, stream: Stream | None = None) -> Tensor:
     result, kernel = Tensor.empty(source.shape, Q8_1, source.device), wiring.kernel(what)
     for at in range(0, rows, MAX_ROWS):
         n = min(MAX_ROWS, rows - at)
-        params: list[object] = [source.buffer.address + 4 * at * k, result.buffer.address + at * result.row_bytes]
+        params: list[object] = [_from(source, 4 * at * k), _from(result, at * result.row_bytes)]
         launch(kernel, source, stream, kernel.grid(k=k, rows=n), [*params, k, padded(k)])
     return result
 
@@ -108,8 +121,8 @@ def _dequantize(w: object, out: QuantType, stream: Stream | None) -> Tensor:
     for at in range(0, elements, MAX_ELEMENTS):
         n = min(MAX_ELEMENTS, elements - at)
         count = {DequantizeArgs.NB32: [n // 32], DequantizeArgs.K: [n], DequantizeArgs.GRID: []}
-        x = source.buffer.address + at // source.type.block_size * source.type.block_bytes
-        y = result.buffer.address + at * out.block_bytes
+        x = _from(source, at // source.type.block_size * source.type.block_bytes)
+        y = _from(result, at * out.block_bytes)
         params: list[object] = [x, y, *count[source.type.dequantize.args]]
         launch(kernel, source, stream, kernel.grid(elements=n), params)
     return result
@@ -140,6 +153,7 @@ def dequantize_mul_mat_vec(w: Tensor, y: Activations, *, stream: Stream | None =
 def _as_q8_1(y: object, what: str, weights: Tensor, most: int, stream: Stream | None) -> Tensor:
     """Activations of 1 to `most` columns in q8_1: as they are, or quantized now."""
     given = y if isinstance(y, Tensor) and y.type is Q8_1 else _floats(y, what, weights)
+    _check_device(given, what, weights)
     n = _columns(given, what, weights.shape[1])
     if not 1 <= n <= most:
         allowed = f"1 to {most} columns, not {n}; use mul_mat_via_q8_1" if n else "at least one column of activations"
@@ -168,11 +182,7 @@ def mul_mat_via_q8_1(w: Tensor, y: Activations, *, stream: Stream | None = None)
     step = MAX_ROWS * weights.type.tile[0]  # columns of one launch
     for at in range(0, columns.rows, step):
         n = min(step, columns.rows - at)
-        params: list[object] = [
-            weights,
-            columns.buffer.address + at * columns.row_bytes,
-            result.buffer.address + 4 * at * rows,
-        ]
+        params: list[object] = [weights, _from(columns, at * columns.row_bytes), _from(result, 4 * at * rows)]
         launch(kernel, weights, stream, kernel.grid(nrows=rows, ncols=n), [*params, k, rows, n, padded(k), rows])
     return result
 

@@ -49,7 +49,7 @@ class Tensor:
     ) -> Tensor:
         """Floats (float32, float16) as they are, or raw bytes (uint8) as blocks of `type` with a `shape` in elements.
 
-        On the CPU the tensor shares the array's memory.
+        On the CPU the tensor shares the array's memory; to a GPU it is copied.
         """
         a = np.asarray(array)
         if type is None:
@@ -76,14 +76,15 @@ class Tensor:
         return self.rows * self.row_bytes
 
     def numpy(self) -> npt.NDArray[Any]:
-        """The tensor as an array, on the CPU without a copy: floats in their shape, blocks as bytes [..., row_bytes].
+        """The tensor as an array: floats in their shape, blocks as bytes [..., row_bytes], BF16 as uint16.
 
-        BF16 comes as uint16.
+        On the CPU without a copy; from a GPU it is copied, after what the device's stream has been given.
         """
         dtype = _DTYPES.get(self.type.name)
-        if dtype is not None:
-            return self.buffer.array(dtype, self.shape)
-        return self.buffer.array(np.uint8, (*self.shape[:-1], self.row_bytes))
+        shape = self.shape if dtype is not None else (*self.shape[:-1], self.row_bytes)
+        if self.device.kind == "cpu":
+            return self.buffer.array(dtype or np.uint8, shape)
+        return self.buffer.read(dtype or np.uint8, shape)
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.array(self.numpy(), dtype=dtype, copy=copy)

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import threading
 
 from ..errors import DeviceNotFoundError
-from .cpu import Buffer, Device, Event, Function, Graph, Module, Stream
+from . import cpu
+from .base import Buffer, Device, Event, Function, Graph, Module, Rejection, Stream
 
-__all__ = ["Buffer", "Device", "Event", "Function", "Graph", "Module", "Stream", "device", "devices"]
+__all__ = ["Buffer", "Device", "Event", "Function", "Graph", "Module", "Rejection", "Stream", "device", "devices"]
+
+GPU_KINDS = ("hip", "cuda")
 
 _lock = threading.Lock()
-_cpu: Device | None = None
+_cpu: cpu.Device | None = None
 
 
 def device(name: str | Device = "auto") -> Device:
-    """The device of a name: `auto` (the best there is) or `cpu`. `DeviceNotFoundError` says what there is."""
-    global _cpu
+    """The device of a name: `cpu`, `hip`, `hip:1`, `cuda`, ... `DeviceNotFoundError` says what there is.
+
+    `auto`: the device that models run on: the CPU.
+    """
     if isinstance(name, Device):
         return name
-    kind = name.lower().partition(":")[0]
-    if kind in ("auto", "cpu") and name.lower() in ("auto", "cpu", "cpu:0"):
-        with _lock:
-            if _cpu is None:
-                _cpu = Device()
-            return _cpu
-    if kind in ("cuda", "hip", "rocm", "gpu", "nvidia", "amd"):
-        raise DeviceNotFoundError(f"no device {name!r}: this version of hipquant runs on the CPU only; use 'cpu'")
-    raise DeviceNotFoundError(f"no device {name!r}; there are: auto, cpu")
+    found = re.fullmatch(r"([a-z]+)(?::(\d{1,4}))?", name.lower())
+    kind, index = (found[1], int(found[2] or 0)) if found else ("", 0)
+    if kind in ("auto", "cpu") and not index:
+        return _the_cpu()
+    if kind in GPU_KINDS:
+        from .gpu import open_device
+
+        return open_device(kind, index)
+    raise DeviceNotFoundError(f"no device {name!r}; there are: auto, {', '.join(_names())}")
+
+
+def _the_cpu() -> cpu.Device:
+    global _cpu
+    with _lock:
+        if _cpu is None:
+            _cpu = cpu.Device()
+        return _cpu
+
+
+def _names() -> list[str]:
+    """The names of the devices that are there."""
+    from .gpu import device_count
+
+    names = ["cpu"]
+    for kind in GPU_KINDS:
+        with contextlib.suppress(DeviceNotFoundError):
+            names += [f"{kind}:{i}" for i in range(device_count(kind))]
+    return names
 
 
 def devices() -> list[Device]:
     """Every device that is there."""
-    return [device("cpu")]
+    return [device(name) for name in _names()]

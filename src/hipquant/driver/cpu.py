@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +25,15 @@ import numpy.typing as npt
 from ..codeobjects import QUANTIZED, CodeObjects
 from ..errors import DriverError, InvalidCodeObjectError, KernelNotFoundError, OutOfDeviceMemoryError
 from ..targets import CpuTarget, cpu_targets, host_machine, runtime_filename
-from ..wiring import KERNELS, Arg, Dim3, Kind
+from ..wiring import KERNELS, Arg, Dim3
+from . import base
+from .base import Bytes, Event, Rejection
 
 ALIGNMENT = 64
 HUGE = 4 << 20  # allocations from here on are asked for in huge pages
 MAX_PARAMS = 16
 NODE_HEADER = "<Q3I3III"
-_SLOTS = {Kind.POINTER: "Q", Kind.INT32: "i4x", Kind.INT64: "q", Kind.SIZE: "Q", Kind.FLOAT32: "f4x"}
 _MACHINES = {62: "x86_64", 183: "aarch64"}  # ELF e_machine
-
-Bytes = npt.NDArray[np.uint8]
 
 
 def available_memory() -> int | None:
@@ -56,10 +55,10 @@ def usable_cores() -> int:
     return cores
 
 
-class Buffer:
-    """A range of a device's memory: `address`, `nbytes`, and the owner that keeps it alive."""
+class Buffer(base.Buffer):
+    """A range of the process's memory."""
 
-    __slots__ = ("_bytes", "address", "nbytes")
+    __slots__ = ("_bytes",)
 
     def __init__(self, data: Bytes) -> None:
         self._bytes: Bytes | None = data
@@ -73,30 +72,36 @@ class Buffer:
         return self._bytes
 
     def view(self, offset: int, nbytes: int) -> Buffer:
-        """A part of the buffer; it keeps the whole alive."""
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
-            raise ValueError(f"bytes {offset} to {offset + nbytes} are not within a buffer of {self.nbytes}")
+        self._check_range(offset, nbytes)
         return Buffer(self.bytes[offset : offset + nbytes])
 
-    def write(self, data: npt.NDArray[Any], offset: int = 0) -> None:
-        """Copies a host array into the buffer, `offset` bytes from its begin."""
-        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+    def write_async(self, data: base.Array, stream: base.Stream | None, offset: int = 0) -> None:
+        _refuse_capture(stream)
+        raw = data.reshape(-1).view(np.uint8)
         self.view(offset, raw.nbytes).bytes[:] = raw
 
-    def read(self, dtype: npt.DTypeLike, shape: Sequence[int]) -> npt.NDArray[Any]:
-        """A copy of the buffer's begin as a host array."""
-        return self.array(dtype, shape).copy()
+    def read_async(self, into: base.Array, stream: base.Stream | None, offset: int = 0) -> None:
+        _refuse_capture(stream)
+        raw = into.reshape(-1).view(np.uint8)
+        raw[:] = self.view(offset, raw.nbytes).bytes
 
-    def array(self, dtype: npt.DTypeLike, shape: Sequence[int]) -> npt.NDArray[Any]:
-        """The buffer's begin as an array on the same memory."""
+    def fill(self, byte: int, stream: base.Stream | None = None) -> None:
+        _refuse_capture(stream)
+        self.bytes[:] = byte
+
+    def array(self, dtype: npt.DTypeLike, shape: Sequence[int]) -> base.Array:
         count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         if count > self.nbytes:
             raise ValueError(f"{count} bytes asked for from a buffer of {self.nbytes}")
         return self.bytes[:count].view(dtype).reshape(tuple(shape))
 
     def free(self) -> None:
-        """Gives the memory back as soon as nothing else uses it; the buffer is not usable any more."""
         self._bytes, self.address, self.nbytes = None, 0, 0
+
+
+def _refuse_capture(stream: base.Stream | None) -> None:
+    if isinstance(stream, Stream) and stream._graph is not None:
+        raise RuntimeError("the CPU's graphs hold launches only; copy and fill before the capture")
 
 
 class _Runtime:
@@ -133,7 +138,22 @@ def runtime() -> _Runtime:
         return _runtime
 
 
-class Stream:
+class Instant(base.Point):
+    """The time at which an event was recorded."""
+
+    def __init__(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def seconds_since(self, earlier: base.Point) -> float:
+        if not isinstance(earlier, Instant):
+            raise ValueError("both events must have been recorded on the same device")
+        return self.time - earlier.time
+
+
+class Stream(base.Stream):
     """An order of launches. The CPU runs each one at once; while a graph is captured, they are only recorded."""
 
     def __init__(self, device: Device) -> None:
@@ -143,9 +163,14 @@ class Stream:
     def synchronize(self) -> None:
         """Returns when everything launched is done: on the CPU, at once."""
 
+    def wait(self, event: Event) -> None:
+        event.synchronize()
+
+    def _mark(self, previous: base.Point | None) -> Instant:
+        return Instant()
+
     @contextlib.contextmanager
     def capture(self) -> Iterator[Graph]:
-        """`with stream.capture() as graph:` records the launches of the block instead of running them."""
         if self._graph is not None:
             raise RuntimeError("this stream is capturing a graph already")
         self._graph = graph = Graph()
@@ -156,98 +181,71 @@ class Stream:
             graph.packed = b"".join(graph.nodes)
 
 
-class Event:
-    """A point in a stream, for timing: `event.record(stream)`, then `later.elapsed(event)` in seconds."""
+class Graph(base.Graph):
+    """A captured list of launches, run in one call of the runtime."""
 
     def __init__(self) -> None:
-        self._time = 0.0
-
-    def record(self, stream: Stream) -> None:
-        """Marks the end of what has been launched so far."""
-        stream.synchronize()
-        self._time = time.perf_counter()
-
-    def elapsed(self, since: Event) -> float:
-        """Seconds from one recorded event to this one."""
-        if not (self._time and since._time):
-            raise ValueError("both events must have been recorded")
-        return self._time - since._time
-
-
-class Graph:
-    """A captured list of launches, run in one call. It keeps the memory that they use alive."""
-
-    def __init__(self) -> None:
+        super().__init__()
         self.nodes: list[bytes] = []
-        self.keep: list[object] = []  # functions and parameters
         self.packed = b""
 
     def __len__(self) -> int:
         return len(self.nodes)
 
-    def launch(self, stream: Stream) -> None:
-        """Runs the nodes in order."""
+    def launch(self, stream: base.Stream) -> None:
         runtime().run(self.packed, len(self.nodes), "a graph")
 
-
-def _address(value: object, arg: Arg) -> int:
-    if isinstance(value, Buffer):
-        if not value.address and value._bytes is None:
-            raise ValueError(f"parameter {arg.name}: this buffer has been freed")
-        return value.address
-    if value is None:
-        return 0
-    if isinstance(value, np.ndarray):
-        if not value.flags.c_contiguous:
-            raise ValueError(f"parameter {arg.name}: the array must be C-contiguous, its strides are {value.strides}")
-        return int(value.ctypes.data)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    buffer = getattr(value, "buffer", None)
-    if isinstance(buffer, Buffer):
-        return buffer.address
-    raise TypeError(f"parameter {arg.name} ({arg.ctype}) must be a Buffer, an array, an address or None, not {value!r}")
+    def update(self, other: base.Graph) -> None:
+        if not isinstance(other, Graph):
+            raise TypeError(f"a graph of the CPU cannot take over {other!r}")
+        self.nodes, self.packed, self.keep = other.nodes, other.packed, other.keep
 
 
-class Function:
+class Function(base.Function):
     """A kernel of a loaded module; it keeps the module."""
 
     def __init__(self, module: Module, name: str, address: int) -> None:
-        self.module, self.name, self.address = module, name, address
-        row = KERNELS.get(name)
-        self.args: tuple[Arg, ...] = row.args if row else ()
-        self._pointers = tuple(a.kind is Kind.POINTER for a in self.args)
-        slots = "".join(_SLOTS[a.kind] for a in self.args)
-        self._node = struct.Struct(f"{NODE_HEADER}{slots}{8 * (MAX_PARAMS - len(self.args))}x")
+        super().__init__(name, NODE_HEADER, MAX_PARAMS)
+        self.module, self.address = module, address
 
-    def launch(self, grid: Dim3, block: Dim3, shared_mem: int, stream: Stream, params: Sequence[object]) -> None:
-        """Launches the kernel on `grid` blocks with the parameters of the wiring table, in its order.
-
-        A parameter is a `Buffer`, a tensor, a contiguous array, an address or None where the table has a pointer, and
-        a number elsewhere. Raises `TypeError` or `ValueError` for parameters that do not fit the table.
-        """
-        if len(params) != len(self.args):
-            expected = ", ".join(f"{a.ctype} {a.name}" for a in self.args)
-            raise TypeError(f"{self.name} takes {len(self.args)} parameters ({expected}), {len(params)} were given")
-        values = [
-            _address(p, a) if pointer else p for p, a, pointer in zip(params, self.args, self._pointers, strict=True)
-        ]
+    def launch(self, grid: Dim3, block: Dim3, shared_mem: int, stream: base.Stream, params: Sequence[object]) -> None:
+        if not isinstance(stream, Stream):
+            raise TypeError(f"{self.name}: a kernel of the CPU needs a stream of the CPU, not {stream!r}")
+        values = self._values(params)
         try:
             node = self._node.pack(self.address, *grid, *block, shared_mem, len(values), *values)
         except struct.error as e:
-            raise TypeError(
-                f"{self.name}: grid {grid}, block {block} or a parameter does not fit its type: {e}"
-            ) from None
-        if min(*grid, *block) < 1:
-            raise ValueError(f"{self.name}: grid {grid} and block {block} must be at least 1 in each direction")
+            raise self._misfit(grid, block, e) from None
+        self._check_geometry(grid, block)
         if stream._graph is not None:
             stream._graph.nodes.append(node)
             stream._graph.keep.append((self, params))
         else:
             runtime().run(node, 1, self.name)
 
+    def _address(self, value: object, arg: Arg) -> int:
+        if isinstance(value, Buffer):
+            if not value.address and value._bytes is None:
+                raise ValueError(f"parameter {arg.name}: this buffer has been freed")
+            return value.address
+        if value is None:
+            return 0
+        if isinstance(value, np.ndarray):
+            if not value.flags.c_contiguous:
+                strides = value.strides
+                raise ValueError(f"parameter {arg.name}: the array must be C-contiguous, its strides are {strides}")
+            return int(value.ctypes.data)
+        if isinstance(value, (int, np.integer)):
+            return int(value)
+        buffer = getattr(value, "buffer", None)
+        if isinstance(buffer, Buffer):
+            return buffer.address
+        raise TypeError(
+            f"parameter {arg.name} ({arg.ctype}) must be a Buffer, an array, an address or None, not {value!r}"
+        )
 
-class Module:
+
+class Module(base.Module):
     """A loaded code object: `Module(path or bytes)`. `InvalidCodeObjectError` says what the bytes are instead."""
 
     def __init__(self, code_object: Path | bytes, target: str = "this CPU") -> None:
@@ -269,7 +267,6 @@ class Module:
             raise InvalidCodeObjectError(f"the code object for {target} could not be loaded: {e}") from e
 
     def get_function(self, name: str) -> Function:
-        """The kernel of this name; `KernelNotFoundError` with the nearest names otherwise."""
         found = self._functions.get(name)
         if found is None:
             try:
@@ -317,13 +314,6 @@ def _check_elf(code_object: Path | bytes, target: str) -> None:
             raise InvalidCodeObjectError(
                 f"the code object is truncated: a segment ends at byte {start + length}, the file at {size}; rebuild it"
             )
-
-
-class Rejection(NamedTuple):
-    """A code object that a device does not use, and why."""
-
-    target: str
-    reason: str
 
 
 def processor_features() -> frozenset[str] | None:
@@ -389,13 +379,13 @@ def _threads_wanted() -> int:
     return int(wanted) if wanted else usable_cores()
 
 
-class Device:
+class Device(base.Device):
     """The CPU. `get_or_load_func(name, QUANTIZED)` gives a kernel of the best code object for it."""
 
     kind = "cpu"
 
     def __init__(self) -> None:
-        self.target, self._path, self.rejected = choose_target()
+        self._target, self._path, self._rejected = choose_target()
         self._modules: dict[object, Module] = {}
         self._lock = threading.Lock()
         self._threads = 0
@@ -405,6 +395,15 @@ class Device:
 
     def __repr__(self) -> str:
         return f"<cpu: {self.name}, {self.threads} threads, {self.target.name}>"
+
+    @property
+    def target(self) -> CpuTarget:
+        """The target of the code object in use."""
+        return self._target
+
+    @property
+    def rejected(self) -> list[Rejection]:
+        return self._rejected
 
     @property
     def name(self) -> str:
@@ -429,11 +428,9 @@ class Device:
 
     @property
     def free_memory(self) -> int | None:
-        """Bytes that can still be allocated, or None where the system does not say."""
         return available_memory()
 
-    def get_or_load_func(self, name: str, code_object: CodeObjects | bytes) -> Function:
-        """The kernel `name` of a code object, which is loaded once: `QUANTIZED`, or the bytes of a shared object."""
+    def load(self, code_object: CodeObjects | bytes) -> Module:
         with self._lock:
             module = self._modules.get(code_object)
             if module is None:
@@ -443,13 +440,12 @@ class Device:
                 else:
                     module = Module(bytes(code_object))
                 self._modules[code_object] = module
-            return module.get_function(name)
+            return module
 
     def allocate(self, nbytes: int, purpose: str = "a buffer", *, sparse: bool = False) -> Buffer:
         """Uninitialized memory, aligned to 64 bytes; pages that are never touched cost nothing.
 
-        `sparse` memory is touched here and there only, as a KV cache is, and must not come in huge pages.
-        Raises `OutOfDeviceMemoryError` with what was asked for and what is free.
+        `sparse` memory must not come in huge pages.
         """
         if nbytes < 0:
             raise ValueError(f"{purpose}: {nbytes} bytes cannot be allocated")
@@ -474,12 +470,13 @@ class Device:
     def _freed(self, nbytes: int) -> None:
         self.allocated -= nbytes
 
+    def allocate_host(self, nbytes: int) -> Bytes:
+        return np.empty(nbytes, np.uint8)
+
     def create_stream(self) -> Stream:
-        """A stream of one's own: what is captured on it is not mixed with the launches of others."""
         return Stream(self)
 
     def upload(self, data: npt.NDArray[Any]) -> Buffer:
-        """A contiguous host array as device memory: on the CPU the array's own memory, without a copy."""
         return Buffer(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
 
     def synchronize(self) -> None:

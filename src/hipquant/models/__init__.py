@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..driver import Device
 from ..driver import device as get_device
-from ..errors import InvalidModelFileError
+from ..errors import DeviceNotFoundError, InvalidModelFileError
 from ..gguf_file import GGUFFile, StringArray
 from ..tokenizer import has_vocabulary
 from .model import Model
@@ -47,6 +47,9 @@ def load(
     `progress(done, total)` is called with bytes of weights. Raises `InvalidModelFileError`,
     `UnsupportedQuantTypeError`, `OutOfDeviceMemoryError` or `DeviceNotFoundError`.
     """
+    on = get_device(device)
+    if on.kind != "cpu":
+        raise DeviceNotFoundError(f"models run on the CPU only in this version, not on {on}; use --device cpu")
     file = GGUFFile(path if path is not None else DEMO)
     architecture = file.require("general.architecture", str)
     if architecture not in ARCHITECTURES:
@@ -55,6 +58,6 @@ def load(
         )
     _check_vocabulary(file)
     model: Model = import_module(f".{ARCHITECTURES[architecture]}", __name__).load(
-        file, get_device(device), context, sequences, progress
+        file, on, context, sequences, progress
     )
     return model

@@ -1,0 +1,150 @@
+"""Code objects that a GPU has loaded, and the launches of their kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import InvalidCodeObjectError, KernelNotFoundError
+from ..wiring import KERNELS, Arg, Dim3
+from . import base
+from . import gpu_symbols as symbols
+from .gpu_memory import Buffer, Owned
+from .gpu_objects import image_for
+
+if TYPE_CHECKING:
+    from .gpu import Device
+
+LAUNCH_HEADER = "<3I3II4x"  # grid, block, shared memory; then 8 bytes a parameter
+JIT_LOG = 16 << 10  # bytes
+# Codes, the same in both APIs, by which a driver says that a module's bytes are at fault: invalid image, no binary for
+# this GPU, invalid PTX (or kernel file), PTX version not supported, invalid source, shared object not initialized.
+REFUSED = frozenset((200, 209, 218, 222, 300, 303))
+
+
+class _Arguments(threading.local):
+    """Memory that a launch's parameters are packed into, and the addresses of each: one a thread."""
+
+    def __init__(self, nbytes: int, count: int) -> None:
+        self.memory = ctypes.create_string_buffer(nbytes)
+        begin = ctypes.addressof(self.memory) + nbytes - 8 * count
+        self.addresses = [begin + 8 * i for i in range(count)]
+        self.pointers = (ctypes.c_void_p * max(count, 1))(*self.addresses)
+
+
+class Function(base.Function):
+    """A kernel of a loaded module.
+
+    One that is not in the wiring table takes ctypes or numpy scalars, Buffers and tensors, whose sizes must be the
+    kernel's own: nothing can check them.
+    """
+
+    def __init__(self, module: Module, name: str, handle: int) -> None:
+        super().__init__(name, LAUNCH_HEADER)
+        self.module, self.device, self.handle = module, module.device, handle
+        self._arguments = _Arguments(self._node.size, len(self.args))
+        self._launch = self.device.library.functions["launch"]
+
+    def launch(self, grid: Dim3, block: Dim3, shared_mem: int, stream: base.Stream, params: Sequence[object]) -> None:
+        device, on = self.device, self.device._own(stream)
+        arguments = self._arguments if self.row else self._explicit(params)
+        values = self._values(params) if self.row else ()
+        try:
+            self._node.pack_into(arguments.memory, 0, *grid, *block, shared_mem, *values)
+        except struct.error as e:
+            raise self._misfit(grid, block, e) from None
+        self._check_geometry(grid, block)
+        device._make_current()
+        code = self._launch(self.handle, *grid, *block, shared_mem, on.handle, arguments.pointers, None)
+        if code:
+            what = f"launching {self.name} on grid {grid}, block {block}, {shared_mem} bytes of shared memory"
+            raise device.library.error("launch", code, what)
+        if on._graph is not None:
+            on._graph.keep.append((self, tuple(params)))
+
+    def _address(self, value: object, arg: Arg) -> int:
+        if value is None:
+            return 0
+        if isinstance(value, (int, np.integer)):
+            return int(value)
+        buffer = value if isinstance(value, base.Buffer) else getattr(value, "buffer", None)
+        if type(buffer) is Buffer:
+            return self._own_address(buffer, arg.name)
+        where = "; this is in the host's memory: use Device.upload or Tensor.from_numpy"
+        hint = where if isinstance(value, np.ndarray) or isinstance(buffer, base.Buffer) else ""
+        raise TypeError(
+            f"parameter {arg.name} ({arg.ctype}) must be a Buffer, a tensor, an address or None, not {value!r}{hint}"
+        )
+
+    def _own_address(self, buffer: Buffer, name: object) -> int:
+        if buffer._memory is None:
+            raise ValueError(f"parameter {name}: this buffer has been freed")
+        if buffer.device is not self.device:
+            raise ValueError(f"parameter {name}: {buffer!r}, the kernel is on {self.device}")
+        return buffer.address
+
+    def _explicit(self, params: Sequence[object]) -> _Arguments:
+        """The parameters of a kernel that the wiring table does not know, each as the caller typed it."""
+        result = _Arguments(self._node.size + 8 * len(params), len(params))
+        for i, value in enumerate(params):
+            buffer = value if isinstance(value, Buffer) else getattr(value, "buffer", None)
+            if isinstance(buffer, Buffer):
+                raw = struct.pack("<Q", self._own_address(buffer, i))
+            elif isinstance(value, ctypes._SimpleCData):
+                raw = bytes(value)
+            elif isinstance(value, np.generic) and value.nbytes <= 8:
+                raw = value.tobytes()
+            else:
+                raise TypeError(
+                    f"parameter {i} of {self.name}, which is not in the wiring table, must be a Buffer, a tensor, or a "
+                    f"ctypes or numpy scalar of its exact type, not {value!r}"
+                )
+            ctypes.memmove(result.addresses[i], raw, len(raw))
+        return result
+
+
+class Module(base.Module):
+    """A loaded code object: HSACO, offload bundle, PTX, cubin or fat binary.
+
+    `InvalidCodeObjectError` says what the bytes are instead, or gives the driver's log.
+    """
+
+    def __init__(self, device: Device, code_object: bytes) -> None:
+        self.device, image = device, image_for(code_object, device.target)
+        self._functions: dict[str, Function] = {}
+        log = ctypes.create_string_buffer(JIT_LOG)
+        options, values = (), ()  # type: tuple[int, ...], tuple[int, ...]
+        if device.kind == "cuda":
+            options = symbols.JIT_ERROR_LOG, symbols.JIT_ERROR_LOG_SIZE
+            values = ctypes.addressof(log), JIT_LOG
+        out, n = ctypes.c_void_p(), len(options)
+        device._make_current()
+        code = device.library.functions["load_module"](
+            ctypes.byref(out), image, n, (ctypes.c_int * max(n, 1))(*options), (ctypes.c_void_p * max(n, 1))(*values)
+        )
+        what = f"loading a code object of {len(image)} bytes for {device.target}"
+        if code in REFUSED:
+            said = log.value.decode(errors="replace").strip()
+            name = device.library.error_name(code)
+            raise InvalidCodeObjectError(f"{what}: the driver refuses it with {name} ({code}). {said}".rstrip())
+        if code:
+            raise device.library.error("load_module", code, what)
+        self._owned = Owned(device, "unload_module", out.value or 0)
+
+    def get_function(self, name: str) -> Function:
+        found = self._functions.get(name)
+        if found is None:
+            out, device = ctypes.c_void_p(), self.device
+            device._make_current()
+            code = device.library.functions["get_function"](ctypes.byref(out), self._owned.value, name.encode())
+            if code == symbols.NOT_FOUND:
+                raise KernelNotFoundError(name, device.target.name, KERNELS)
+            if code:
+                raise device.library.error("get_function", code, f"looking up kernel {name!r}")
+            found = self._functions[name] = Function(self, name, out.value or 0)
+        return found

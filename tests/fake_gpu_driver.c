@@ -1,0 +1,304 @@
+// A driver library without a GPU, for tests/test_gpu_driver.py: the symbols of either column of driver/gpu_symbols.py
+// over host memory. Work is done at once, in order; a captured stream records it. Whatever a real driver would not
+// forgive is an error here: a call without the right context, a stale handle, a free of something else.
+// Compiled with -DHIP (and -DR0600 for the properties of ROCm 6) or -DCUDA, freestanding.
+
+typedef unsigned long size_t;
+typedef unsigned int uint;
+void *malloc(size_t), *memcpy(void *, const void *, size_t), *memset(void *, int, size_t), *strcpy(char *, const char *);
+char *strstr(const char *, const char *);
+void free(void *);
+int strcmp(const char *, const char *), strncmp(const char *, const char *, size_t);
+size_t strlen(const char *);
+
+#ifdef HIP
+#define API(hip, cuda) hip
+#else
+#define API(hip, cuda) cuda
+#endif
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+#define DEVICES 2
+#define MAX_NODES 64
+#define MAX_PARAMS 16
+#define MAX_KERNELS 256
+
+enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
+       INVALID_CONTEXT = 201, INVALID_PTX = 218, INVALID_HANDLE = 400, NOT_FOUND = 500, UPDATE_FAILURE = 910 };
+enum { MEMORY = 1, PINNED, STREAM, EVENT, MODULE, GRAPH, INSTANCE, KINDS };
+
+// --- what the tests set and read ---
+
+int fake_devices = DEVICES, fake_init_code, fake_fail_nth = -1, fake_fail_code;
+char fake_fail_symbol[64], fake_failed[64], fake_last_image[64];
+int fake_calls, fake_live[KINDS], fake_clock, fake_launches, fake_wrong_context;
+size_t fake_used, fake_total = 64 << 20;
+uint fake_geometry[7];
+void *fake_last_stream;
+int (*fake_count)(const char *name);                                        // parameters of a kernel
+void (*fake_run)(const char *name, const uint *geometry, void **params);    // runs it
+
+static int enter(const char *symbol) {
+    int nth = __atomic_fetch_add(&fake_calls, 1, __ATOMIC_SEQ_CST);
+    if (nth == fake_fail_nth || !strcmp(symbol, fake_fail_symbol)) {
+        strcpy(fake_failed, symbol);
+        return fake_fail_code;
+    }
+    return 0;
+}
+
+#define FUNCTION(hip, cuda, ...)                                   \
+    int API(hip, cuda)(__VA_ARGS__) {                              \
+        int code = enter(TEXT(API(hip, cuda)));                    \
+        if (code) return code;
+#define END }
+
+// --- contexts: CUDA's is a handle, HIP's a device number; each thread has its own current one ---
+
+static __thread long current = API(1, 0);  // device + 1
+
+static int device_of(int wanted) { return wanted >= 0 && wanted < fake_devices ? 0 : INVALID_DEVICE; }
+static int need(long device) {
+    if (current == device + 1) return 0;
+    fake_wrong_context++;
+    return INVALID_CONTEXT;
+}
+#define NEED_ANY if (!current) return INVALID_CONTEXT;
+
+FUNCTION(hipInit, cuInit, uint flags) return flags ? INVALID_VALUE : fake_init_code; END
+FUNCTION(hipDriverGetVersion, cuDriverGetVersion, int *v) *v = API(70051831, 13000); return 0; END
+FUNCTION(hipGetDeviceCount, cuDeviceGetCount, int *n) *n = fake_devices; return 0; END
+FUNCTION(hipDeviceGet, cuDeviceGet, int *d, int i) *d = i; return device_of(i); END
+FUNCTION(hipDeviceGetName, cuDeviceGetName, char *name, int len, int d)
+    if (len < 16) return INVALID_VALUE;
+    strcpy(name, d ? "Fake GPU two" : "Fake GPU one");
+    return device_of(d); END
+FUNCTION(hipDeviceTotalMem, cuDeviceTotalMem_v2, size_t *n, int d) *n = fake_total; return device_of(d); END
+FUNCTION(hipMemGetInfo, cuMemGetInfo_v2, size_t *f, size_t *t)
+    NEED_ANY *f = fake_total - fake_used; *t = fake_total; return 0; END
+FUNCTION(hipDeviceSynchronize, cuCtxSynchronize, void) NEED_ANY return 0; END
+
+#ifdef HIP
+FUNCTION(hipSetDevice, none, int d) if (device_of(d)) return INVALID_DEVICE; current = d + 1; return 0; END
+FUNCTION(hipGetDevice, none, int *d) *d = current - 1; return 0; END
+#ifdef R0600
+#define WARP 308
+#define UNITS 388
+#define ARCH 1160
+FUNCTION(hipGetDevicePropertiesR0600, none, char *p, int d)
+    memset(p, 0xAA, 1472);
+#else
+#define WARP 276
+#define UNITS 336
+#define ARCH 396
+FUNCTION(hipGetDeviceProperties, none, char *p, int d)
+    memset(p, 0xAA, 792);
+#endif
+    *(int *)(p + WARP) = d ? 64 : 32;
+    *(int *)(p + UNITS) = d ? 104 : 48;
+    strcpy(p + ARCH, d ? "gfx90a:sramecc+:xnack-" : "gfx1100");
+    return device_of(d); END
+const char *hipGetErrorName(int code) {
+    switch (code) {
+    case OUT_OF_MEMORY: return "hipErrorOutOfMemory";
+    case NO_DEVICE: return "hipErrorNoDevice";
+    case INVALID_IMAGE: return "hipErrorInvalidImage";
+    case 719: return "hipErrorLaunchFailure";
+    }
+    return "hipErrorUnknown";
+}
+#else
+FUNCTION(none, cuDeviceGetAttribute, int *v, int which, int d)
+    switch (which) {
+    case 10: *v = 32; break;
+    case 16: *v = d ? 40 : 132; break;
+    case 75: *v = d ? 7 : 9; break;
+    case 76: *v = d ? 5 : 0; break;
+    default: return INVALID_VALUE;
+    }
+    return device_of(d); END
+FUNCTION(none, cuDevicePrimaryCtxRetain, void **c, int d) *c = (void *)(0x1000L + d + 1); return device_of(d); END
+FUNCTION(none, cuCtxSetCurrent, void *c) current = c ? (long)c - 0x1000 : 0; return 0; END
+FUNCTION(none, cuCtxGetCurrent, void **c) *c = current ? (void *)(current + 0x1000) : 0; return 0; END
+int cuGetErrorName(int code, const char **name) {
+    *name = code == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : code == NO_DEVICE ? "CUDA_ERROR_NO_DEVICE"
+          : code == INVALID_IMAGE ? "CUDA_ERROR_INVALID_IMAGE" : code == INVALID_PTX ? "CUDA_ERROR_INVALID_PTX"
+          : code == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : 0;
+    return *name ? 0 : INVALID_VALUE;
+}
+#endif
+
+// --- things: a header of 64 bytes tells what a handle is ---
+
+typedef struct { long magic, kind, device; size_t nbytes; } Thing;
+#define MAGIC 0x600DF00D
+static void *thing(int kind, size_t nbytes) {
+    Thing *t = malloc(64 + nbytes);
+    *t = (Thing){MAGIC, kind, current - 1, nbytes};
+    __atomic_fetch_add(&fake_live[kind], 1, __ATOMIC_SEQ_CST);
+    return (char *)t + 64;
+}
+static Thing *header(void *p) { return (Thing *)((char *)p - 64); }
+static int check(void *p, int kind) {
+    if (!p || header(p)->magic != MAGIC || header(p)->kind != kind) return INVALID_HANDLE;
+    return need(header(p)->device);
+}
+static int end(void *p, int kind) {
+    int code = check(p, kind);
+    if (code) return code;
+    __atomic_fetch_sub(&fake_live[kind], 1, __ATOMIC_SEQ_CST);
+    if (kind == MEMORY) __atomic_fetch_sub(&fake_used, header(p)->nbytes, __ATOMIC_SEQ_CST);
+    header(p)->magic = 0;
+    free(header(p));
+    return 0;
+}
+
+FUNCTION(hipMalloc, cuMemAlloc_v2, void **p, size_t n)
+    NEED_ANY
+    if (!n) return INVALID_VALUE;
+    if (fake_used + n > fake_total || n > (1ul << 40)) return OUT_OF_MEMORY;
+    *p = thing(MEMORY, n);
+    memset(*p, 0xCD, n);
+    __atomic_fetch_add(&fake_used, n, __ATOMIC_SEQ_CST);
+    return 0; END
+FUNCTION(hipFree, cuMemFree_v2, void *p) return end(p, MEMORY); END
+FUNCTION(hipHostMalloc, cuMemHostAlloc, void **p, size_t n, uint flags)
+    NEED_ANY
+    if (!n || flags != 1) return INVALID_VALUE;
+    *p = thing(PINNED, n);
+    return 0; END
+FUNCTION(hipHostFree, cuMemFreeHost, void *p) return end(p, PINNED); END
+
+// --- streams and graphs ---
+
+typedef struct { int kind; char name[64]; uint geometry[7]; size_t params[MAX_PARAMS]; void *to; const void *from; size_t n; } Node;
+typedef struct { int count; Node nodes[MAX_NODES]; } Nodes;
+typedef struct { Nodes *capturing; } Stream;
+typedef struct { char name[64]; } Kernel;
+
+static void run(Node *node) {
+    __atomic_fetch_add(&fake_clock, 1, __ATOMIC_SEQ_CST);
+    if (node->kind == 1) memcpy(node->to, node->from, node->n);
+    if (node->kind == 2) memset(node->to, node->geometry[0], node->n);
+    if (node->kind == 3) {
+        void *params[MAX_PARAMS];
+        for (int i = 0; i < MAX_PARAMS; i++) params[i] = &node->params[i];
+        if (fake_run) fake_run(node->name, node->geometry, params);
+        __atomic_fetch_add(&fake_launches, 1, __ATOMIC_SEQ_CST);
+    }
+}
+static int give(void *stream, Node *node) {  // the NULL stream belongs to whatever device is current
+    Stream *s = stream;
+    int code = stream ? check(stream, STREAM) : 0;
+    if (code) return code;
+    if (!s || !s->capturing) return run(node), 0;
+    if (s->capturing->count == MAX_NODES) return INVALID_VALUE;
+    s->capturing->nodes[s->capturing->count++] = *node;
+    return 0;
+}
+
+FUNCTION(hipStreamCreateWithFlags, cuStreamCreate, void **s, uint flags)
+    NEED_ANY
+    if (flags != 1) return INVALID_VALUE;
+    *s = thing(STREAM, sizeof(Stream));
+    ((Stream *)*s)->capturing = 0;
+    return 0; END
+FUNCTION(hipStreamDestroy, cuStreamDestroy_v2, void *s)
+    if (check(s, STREAM)) return INVALID_HANDLE;
+    if (((Stream *)s)->capturing) end(((Stream *)s)->capturing, GRAPH);
+    return end(s, STREAM); END
+FUNCTION(hipStreamSynchronize, cuStreamSynchronize, void *s)
+    if (s && check(s, STREAM)) return INVALID_HANDLE;
+    return s && ((Stream *)s)->capturing ? 900 : 0; END
+FUNCTION(hipStreamWaitEvent, cuStreamWaitEvent, void *s, void *e, uint flags)
+    return (s && check(s, STREAM)) || check(e, EVENT) || flags ? INVALID_HANDLE : 0; END
+FUNCTION(hipMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, void *to, const void *from, size_t n, void *s)
+    Node node = {.kind = 1, .to = to, .from = from, .n = n};
+    return give(s, &node); END
+FUNCTION(hipMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, void *to, const void *from, size_t n, void *s)
+    Node node = {.kind = 1, .to = to, .from = from, .n = n};
+    return give(s, &node); END
+FUNCTION(hipMemsetD8Async, cuMemsetD8Async, void *to, unsigned char byte, size_t n, void *s)
+    Node node = {.kind = 2, .geometry = {byte}, .to = to, .n = n};
+    return give(s, &node); END
+
+FUNCTION(hipEventCreateWithFlags, cuEventCreate, void **e, uint flags)
+    NEED_ANY if (flags) return INVALID_VALUE;
+    *e = thing(EVENT, sizeof(int)); *(int *)*e = -1; return 0; END
+FUNCTION(hipEventDestroy, cuEventDestroy_v2, void *e) return end(e, EVENT); END
+FUNCTION(hipEventRecord, cuEventRecord, void *e, void *s)
+    if (check(e, EVENT) || (s && check(s, STREAM))) return INVALID_HANDLE;
+    *(int *)e = fake_clock; return 0; END
+FUNCTION(hipEventSynchronize, cuEventSynchronize, void *e) return check(e, EVENT); END
+FUNCTION(hipEventElapsedTime, cuEventElapsedTime, float *ms, void *from, void *to)
+    if (check(from, EVENT) || check(to, EVENT)) return INVALID_HANDLE;
+    *ms = *(int *)to - *(int *)from;
+    return 0; END
+
+FUNCTION(hipStreamBeginCapture, cuStreamBeginCapture_v2, void *s, int mode)
+    if (check(s, STREAM) || ((Stream *)s)->capturing || mode != 2) return INVALID_VALUE;
+    ((Stream *)s)->capturing = thing(GRAPH, sizeof(Nodes));
+    ((Stream *)s)->capturing->count = 0;
+    return 0; END
+FUNCTION(hipStreamEndCapture, cuStreamEndCapture, void *s, void **graph)
+    if (check(s, STREAM) || !((Stream *)s)->capturing) return INVALID_VALUE;
+    *graph = ((Stream *)s)->capturing;
+    ((Stream *)s)->capturing = 0;
+    return 0; END
+FUNCTION(hipGraphGetNodes, cuGraphGetNodes, void *graph, void *nodes, size_t *n)
+    if (check(graph, GRAPH) || nodes) return INVALID_VALUE;
+    *n = ((Nodes *)graph)->count;
+    return 0; END
+FUNCTION(hipGraphInstantiateWithFlags, cuGraphInstantiateWithFlags, void **e, void *graph, unsigned long long flags)
+    if (check(graph, GRAPH) || flags) return INVALID_VALUE;
+    *e = thing(INSTANCE, sizeof(Nodes));
+    memcpy(*e, graph, sizeof(Nodes));
+    return 0; END
+FUNCTION(hipGraphExecUpdate, cuGraphExecUpdate, void *e, void *graph, void **node, int *result)
+    if (check(e, INSTANCE) || check(graph, GRAPH)) return INVALID_VALUE;
+    *node = 0; *result = 0;
+    Nodes *a = e, *b = graph;
+    if (a->count != b->count) { *result = 2; return UPDATE_FAILURE; }
+    memcpy(e, graph, sizeof(Nodes));
+    return 0; END
+FUNCTION(hipGraphLaunch, cuGraphLaunch, void *e, void *s)
+    if (check(e, INSTANCE) || (s && check(s, STREAM))) return INVALID_HANDLE;
+    for (int i = 0; i < ((Nodes *)e)->count; i++) run(&((Nodes *)e)->nodes[i]);
+    return 0; END
+FUNCTION(hipGraphDestroy, cuGraphDestroy, void *graph) return end(graph, GRAPH); END
+FUNCTION(hipGraphExecDestroy, cuGraphExecDestroy, void *e) return end(e, INSTANCE); END
+
+// --- modules and launches ---
+
+FUNCTION(hipModuleLoadDataEx, cuModuleLoadDataEx, void **m, const char *image, uint n, int *options, void **values)
+    NEED_ANY
+    if (strstr(image, ".version")) {
+        if (strstr(image, "BROKEN")) {
+            if (n == 2 && options[0] == 5 && options[1] == 6 && (long)values[1] > 99)
+                strcpy(values[0], "ptxas application ptx input, line 4; fatal : Parsing error near 'BROKEN'");
+            return INVALID_PTX;
+        }
+    } else if (strncmp(image, "\x7f" "ELF", 4)) return INVALID_IMAGE;
+    memcpy(fake_last_image, image, 64);
+    *m = thing(MODULE, MAX_KERNELS * sizeof(Kernel) + 8);
+    *(long *)*m = 0;
+    return 0; END
+FUNCTION(hipModuleUnload, cuModuleUnload, void *m) return end(m, MODULE); END
+FUNCTION(hipModuleGetFunction, cuModuleGetFunction, void **f, void *m, const char *name)
+    if (check(m, MODULE)) return INVALID_HANDLE;
+    if (!strncmp(name, "missing", 7) || strlen(name) > 63) return NOT_FOUND;
+    Kernel *kernel = (Kernel *)((long *)m + 1) + (*(long *)m)++ % MAX_KERNELS;
+    strcpy(kernel->name, name);
+    *f = kernel;
+    return 0; END
+FUNCTION(hipModuleLaunchKernel, cuLaunchKernel, Kernel *f, uint gx, uint gy, uint gz, uint bx, uint by, uint bz,
+         uint shared, void *s, void **params, void **extra)
+    NEED_ANY
+    if (extra || bx * by * bz > 1024 || gy > 65535 || gz > 65535) return INVALID_VALUE;
+    Node node = {.kind = 3, .geometry = {gx, gy, gz, bx, by, bz, shared}};
+    strcpy(node.name, f->name);
+    memcpy(fake_geometry, node.geometry, sizeof fake_geometry);
+    fake_last_stream = s;
+    int n = fake_count ? fake_count(f->name) : 0;
+    for (int i = 0; i < n; i++) memcpy(&node.params[i], params[i], 8);
+    return give(s, &node); END
