@@ -27,5 +27,7 @@ HQ_INLINE uint32_t spread_bits(uint32_t v) { return mul24u(v & 15, 0x204081) & 0
 // Byte i of a word, signed.
 HQ_INLINE int byte_of(uint32_t v, int i) { return (int)(v << (24 - 8 * i)) >> 24; }
 
+HQ_INLINE uint32_t rotate_left(uint32_t v, uint32_t n) { return v << (n & 31) | v >> (-n & 31); }
+
 // Strips of a unit.
 template <class Q> constexpr int strips() { return Q::kBlock / Q::kUnits / Q::kStrip; }

@@ -31,11 +31,11 @@ template <class Q, int kElements, int kThreads, class T> HQ_INLINE void dequanti
 #define HQ_K_COUNT k
 #define HQ_GRID_COUNT (int64_t)(~0ull >> 1)
 
-#define HQ_DEQUANTIZE(suffix, Q, elements, threads, arg)                                                              \
-    HQ_KERNEL(threads) dequantize_block_##suffix##_f32(const void* x, float* y HQ_##arg) {                              \
-        dequantize<Q, elements, threads>(x, y, HQ_##arg##_COUNT);                                                     \
-    }                                                                                                                 \
-    HQ_KERNEL(threads) dequantize_block_##suffix##_f16(const void* x, uint16_t* y HQ_##arg) {                           \
-        dequantize<Q, elements, threads>(x, y, HQ_##arg##_COUNT);                                                     \
+#define HQ_DEQUANTIZE(suffix, Q, elements, threads, arg)                                                               \
+    HQ_KERNEL(threads) dequantize_block_##suffix##_f32(const void* x, float* y HQ_##arg) {                             \
+        dequantize<Q, elements, threads>(x, y, HQ_##arg##_COUNT);                                                      \
+    }                                                                                                                  \
+    HQ_KERNEL(threads) dequantize_block_##suffix##_f16(const void* x, uint16_t* y HQ_##arg) {                          \
+        dequantize<Q, elements, threads>(x, y, HQ_##arg##_COUNT);                                                      \
     }
 HQ_DEQUANTIZE_TYPES(HQ_DEQUANTIZE)

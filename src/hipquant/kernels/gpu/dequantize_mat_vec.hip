@@ -1,7 +1,8 @@
 // `dequantize_mul_mat_vec_*`: weights times one column of floats, in floats throughout. A team takes a row.
 #include "types.h"
 
-template <class Q> HQ_INLINE void dequantize_mul_mat_vec(const void* x, const float* y, float* dst, int ncols, int nrows) {
+template <class Q>
+HQ_INLINE void dequantize_mul_mat_vec(const void* x, const float* y, float* dst, int ncols, int nrows) {
     const int row = (int)block_x();
     const uint32_t row_bytes = (uint32_t)ncols / Q::kBlock * sizeof(typename Q::Block);
     const Row<2> weights{(const uint8_t*)x + (uint64_t)row * row_bytes};
@@ -35,9 +36,9 @@ template <class Q> HQ_INLINE void dequantize_mul_mat_vec(const void* x, const fl
     if (thread_x() == 0 && row < nrows) dst[row] = acc * (1.0f / Q::kFactor);
 }
 
-#define HQ_ENTRY(name, Q)                                                                          \
-    HQ_KERNEL(32) name(const void* x, const float* y, float* dst, int ncols, int nrows) {          \
-        dequantize_mul_mat_vec<Q>(x, y, dst, ncols, nrows);                                        \
+#define HQ_ENTRY(name, Q)                                                                                              \
+    HQ_KERNEL(32) name(const void* x, const float* y, float* dst, int ncols, int nrows) {                              \
+        dequantize_mul_mat_vec<Q>(x, y, dst, ncols, nrows);                                                            \
     }
 HQ_DEQUANTIZE_MAT_VEC(HQ_ENTRY)
 #undef HQ_ENTRY

@@ -49,9 +49,9 @@ HQ_INLINE void barrier() {
 // The value of lane ^ kMask of the team. The masks are those that DPP moves without shared memory, and 16.
 template <int kMask> HQ_INLINE int shuffle_xor(int v) {
     static_assert(kMask == 1 || kMask == 2 || kMask == 7 || kMask == 15 || kMask == 16, "a mask of a butterfly");
-    if constexpr (kMask == 1) return __builtin_amdgcn_update_dpp(0, v, 0xB1, 0xF, 0xF, true);    // quad_perm [1,0,3,2]
-    if constexpr (kMask == 2) return __builtin_amdgcn_update_dpp(0, v, 0x4E, 0xF, 0xF, true);    // quad_perm [2,3,0,1]
-    if constexpr (kMask == 7) return __builtin_amdgcn_update_dpp(0, v, 0x141, 0xF, 0xF, true);   // row_half_mirror
+    if constexpr (kMask == 1) return __builtin_amdgcn_update_dpp(0, v, 0xB1, 0xF, 0xF, true);  // quad_perm [1,0,3,2]
+    if constexpr (kMask == 2) return __builtin_amdgcn_update_dpp(0, v, 0x4E, 0xF, 0xF, true);  // quad_perm [2,3,0,1]
+    if constexpr (kMask == 7) return __builtin_amdgcn_update_dpp(0, v, 0x141, 0xF, 0xF, true);  // row_half_mirror
     if constexpr (kMask == 15) return __builtin_amdgcn_update_dpp(0, v, 0x140, 0xF, 0xF, true);  // row_mirror
 #if defined(__GFX9__)
     const int lane = (int)__builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0u));
@@ -65,12 +65,12 @@ template <int kMask> HQ_INLINE int shuffle_xor(int v) {
 HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
 #if defined(__GFX11__) || defined(__GFX12__)
     return __builtin_amdgcn_sudot4(true, (int)a, true, (int)b, c, false);
-#elif defined(__gfx906__) || defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx942__) || \
-    defined(__gfx950__) || defined(__gfx9_4_generic__) || defined(__gfx1011__) || defined(__gfx1012__) || \
-    defined(__gfx1030__) || defined(__gfx1031__) || defined(__gfx1032__) || defined(__gfx1033__) || \
+#elif defined(__gfx906__) || defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx942__) ||                      \
+    defined(__gfx950__) || defined(__gfx9_4_generic__) || defined(__gfx1011__) || defined(__gfx1012__) ||              \
+    defined(__gfx1030__) || defined(__gfx1031__) || defined(__gfx1032__) || defined(__gfx1033__) ||                    \
     defined(__gfx1034__) || defined(__gfx1035__) || defined(__gfx1036__) || defined(__gfx10_3_generic__)
     return __builtin_amdgcn_sdot4((int)a, (int)b, c, false);
-#elif defined(__gfx900__) || defined(__gfx90c__) || defined(__gfx1010__) || defined(__gfx9_generic__) || \
+#elif defined(__gfx900__) || defined(__gfx90c__) || defined(__gfx1010__) || defined(__gfx9_generic__) ||               \
     defined(__gfx10_1_generic__)
     asm("" : "+v"(a), "+v"(b));  // unpacked here, not kept unpacked: registers run out
     for (int i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
@@ -108,13 +108,23 @@ template <int kAlign> struct Row {
     const uint8_t* p;
 };
 constexpr int row_alignment(int) { return 2; }  // of blocks of so many bytes: more than 2 saves nothing
-template <int N, int kAlign> HQ_INLINE Words<N> field(Row<kAlign> row, uint32_t at) { return load_vectors<N, kAlign>(row.p + at); }
-template <int kAlign> HQ_INLINE uint32_t field_word(Row<kAlign> row, uint32_t at) { return load_vectors<4, kAlign>(row.p + at).w[0]; }
-template <int kAlign> HQ_INLINE uint32_t field_half(Row<kAlign> row, uint32_t at) { return *(const uint16_t*)(row.p + at); }
+template <int N, int kAlign> HQ_INLINE Words<N> field(Row<kAlign> row, uint32_t at) {
+    return load_vectors<N, kAlign>(row.p + at);
+}
+// The same, of bytes that other bytes of the block follow.
+template <int N, int kAlign> HQ_INLINE Words<N> inner_field(Row<kAlign> row, uint32_t at) { return field<N>(row, at); }
+template <int kAlign> HQ_INLINE uint32_t field_word(Row<kAlign> row, uint32_t at) {
+    return load_vectors<4, kAlign>(row.p + at).w[0];
+}
+template <int kAlign> HQ_INLINE uint32_t field_half(Row<kAlign> row, uint32_t at) {
+    return *(const uint16_t*)(row.p + at);
+}
 template <int kAlign> HQ_INLINE int field_byte(Row<kAlign> row, uint32_t at) { return *(const int8_t*)(row.p + at); }
 
 // N bytes aligned to 4.
 template <int N> HQ_INLINE Words<N> load_words(const void* p) { return load_vectors<N, 4>(p); }
+
+template <int N> HQ_INLINE Words<N> load_words_in_pairs(const void* p) { return load_words<N>(p); }
 
 // 4 bytes aligned to 2.
 HQ_INLINE uint32_t load4(const void* p) { return load_vectors<4, 2>(p).w[0]; }
@@ -196,12 +206,16 @@ HQ_INLINE void load_u128(uint32_t* to, const void* p) {
 // A load under a condition, without a branch; 0 otherwise.
 HQ_INLINE uint32_t load_u32_if(uint32_t condition, const void* p) {
     uint32_t r;
-    asm("{ .reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.nc.u32 %0, [%1]; }" : "=r"(r) : "l"(p), "r"(condition));
+    asm("{ .reg .pred q; setp.ne.u32 q, %2, 0; mov.u32 %0, 0; @q ld.global.nc.u32 %0, [%1]; }"
+        : "=r"(r)
+        : "l"(p), "r"(condition));
     return r;
 }
 HQ_INLINE uint32_t load_u16_if(uint32_t condition, const void* p) {
     uint16_t r;
-    asm("{ .reg .pred q; setp.ne.u32 q, %2, 0; mov.u16 %0, 0; @q ld.global.nc.u16 %0, [%1]; }" : "=h"(r) : "l"(p), "r"(condition));
+    asm("{ .reg .pred q; setp.ne.u32 q, %2, 0; mov.u16 %0, 0; @q ld.global.nc.u16 %0, [%1]; }"
+        : "=h"(r)
+        : "l"(p), "r"(condition));
     return r;
 }
 
@@ -209,7 +223,9 @@ HQ_INLINE uint32_t load_u16_if(uint32_t condition, const void* p) {
 template <int kAlign> struct Row {
     const uint8_t* p;
 };
-constexpr int row_alignment(int block_bytes) { return block_bytes % 16 == 0 ? 16 : block_bytes % 8 == 0 ? 8 : block_bytes % 4 == 0 ? 4 : 2; }
+constexpr int row_alignment(int block_bytes) {
+    return block_bytes % 16 == 0 ? 16 : block_bytes % 8 == 0 ? 8 : block_bytes % 4 == 0 ? 4 : 2;
+}
 
 // Loads must be aligned here. Of what is aligned to 2, the words inside are loaded, and the two halves that remain.
 template <int N> HQ_INLINE Words<N> load_halves_and_words(const uint8_t* from) {
@@ -263,6 +279,22 @@ template <int N, int kAlign> HQ_INLINE Words<N> field(Row<kAlign> row, uint32_t 
         else r.w[i / 4] = load_u32(from + i);
     return r;
 }
+// The same, of bytes that other bytes of the block follow: all words that it touches are loaded.
+template <int N, int kAlign> HQ_INLINE Words<N> inner_field(Row<kAlign> row, uint32_t at) {
+    if constexpr (kAlign > 2) return field<N>(row, at);
+    const uint8_t* from = row.p + at;
+    const uint32_t odd = (uint32_t)(uint64_t)from & 2, selector = odd ? 0x5432 : 0x3210;
+    const uint8_t* aligned = from - odd;
+    Words<N> r;
+    uint32_t word = load_u32(aligned);
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        const uint32_t next = load_u32(aligned + 4 * i + 4);
+        r.w[i] = permute(word, next, selector);
+        word = next;
+    }
+    return r;
+}
 template <int kAlign> HQ_INLINE uint32_t field_half(Row<kAlign> row, uint32_t at) { return load_u16(row.p + at); }
 template <int kAlign> HQ_INLINE uint32_t field_word(Row<kAlign> row, uint32_t at) {
     if constexpr (kAlign >= 4) return load_u32(row.p + at);
@@ -283,14 +315,30 @@ template <int N> HQ_INLINE Words<N> load_words(const void* p) {
 
 HQ_INLINE uint32_t load4(const void* p) { return load_u16(p) | load_u16((const uint8_t*)p + 2) << 16; }
 
+// The same in fewer loads: pairs of words where they are aligned to 8.
+template <int N> HQ_INLINE Words<N> load_words_in_pairs(const void* p) {
+    const uint8_t* from = (const uint8_t*)p;
+    const uint32_t odd = (uint32_t)(uint64_t)p & 4;
+    uint32_t v[N / 4 - 2];
+#pragma unroll
+    for (int i = 0; i < N / 8 - 1; i++) load_u64(v + 2 * i, from + odd + 8 * i);
+    const uint32_t apart = load_u32(from + (odd ? 0 : N - 8));
+    Words<N> r;
+#pragma unroll
+    for (int i = 0; i < N / 4 - 1; i++)
+        r.w[i] = odd ? (i == 0 ? apart : v[i > 0 ? i - 1 : 0]) : i == N / 4 - 2 ? apart : v[i < N / 4 - 2 ? i : 0];
+    r.w[N / 4 - 1] = load_u32(from + N - 4);
+    return r;
+}
+
 template <int kAlign, int N> HQ_INLINE void store(void* p, const Words<N>& v) {
     static_assert(N == 8 || N == 16, "a vector");
     if (((uint64_t)p & (N - 1)) == 0) {
         if constexpr (N == 16)
-            asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
-                         ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3]) : "memory");
-        else
-            asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]) : "memory");
+            asm volatile(
+                "st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+                : "memory");
+        else asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]) : "memory");
     } else {
         for (int i = 0; i < N / kAlign; i++)
             if constexpr (kAlign == 4) ((uint32_t*)p)[i] = v.w[i];
@@ -303,11 +351,13 @@ template <int kAlign, int N> HQ_INLINE void store(void* p, const Words<N>& v) {
 // c[2], c[3]), k from 4 (l % 4) of a and b, column l / 4 of b and columns 2 (l % 4), + 1 of c.
 HQ_INLINE void mma_k16(int c[4], const uint32_t a[2], uint32_t b) {
     asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 // The same with k = 32: a[2], a[3] and b[1] are k from 16 + 4 (l % 4).
 HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -315,7 +365,8 @@ HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2]) {
 HQ_INLINE void mma_k16(int c[4], const uint32_t a[2], uint32_t b) {  // sm_75 has the half of it
     for (int i = 0; i < 2; i++)
         asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-            : "+r"(c[2 * i]), "+r"(c[2 * i + 1]) : "r"(a[i]), "r"(b));
+            : "+r"(c[2 * i]), "+r"(c[2 * i + 1])
+            : "r"(a[i]), "r"(b));
 }
 HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2]) {
     mma_k16(c, a, b[0]);

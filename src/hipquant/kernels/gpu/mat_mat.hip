@@ -31,7 +31,8 @@ struct Problem {
 // the stage before is multiplied. Rows and columns beyond the last repeat it; beyond k scales are zero.
 template <class Q, int kColumns, int kRows, int kAlign> struct Stage {
     using T = Tile<Q, kColumns, kRows>;
-    static constexpr int kSpan = Q::kSpan > T::kStage ? Q::kSpan : T::kStage;  // units reach into the next stage, or not
+    static constexpr int kSpan =
+        Q::kSpan > T::kStage ? Q::kSpan : T::kStage;  // units reach into the next stage, or not
     static constexpr int kToRow = kSpan * Q::kUnits / Q::kBlock, kToColumn = T::kStage / 32;
     static constexpr int kUnits = kToRow * kRows / kThreads, kBlocks = kToColumn * kColumns / kThreads;
     typename Q::Unit units[kUnits];
@@ -40,7 +41,9 @@ template <class Q, int kColumns, int kRows, int kAlign> struct Stage {
 
     // Where unit i of a row lies: the number of its block, and of the unit in it.
     HQ_INLINE int block(int from, int i) { return from / Q::kBlock + (Q::kUnits == 1 ? i : 0); }
-    HQ_INLINE uint32_t unit(int from, int i) { return Q::kUnits == 1 ? 0 : (uint32_t)from % Q::kBlock / kSpan * kToRow + i; }
+    HQ_INLINE uint32_t unit(int from, int i) {
+        return Q::kUnits == 1 ? 0 : (uint32_t)from % Q::kBlock / kSpan * kToRow + i;
+    }
 
     HQ_MEMBER void load(const Problem& p, int from, int thread) {
         const int u = thread % kToRow, b = thread % kToColumn, at = from + 32 * b;
@@ -53,9 +56,10 @@ template <class Q, int kColumns, int kRows, int kAlign> struct Stage {
 #pragma unroll
         for (int i = 0; i < kBlocks; i++) {
             const int c = p.first_column + (i * kThreads + thread) / kToColumn, column = c < p.ncols ? c : p.ncols - 1;
-            const uint8_t* from_here = p.y + column * p.column_bytes + (at < p.k ? (uint32_t)at / 32 * sizeof(q8_1) : 0);
+            const uint8_t* from_here =
+                p.y + column * p.column_bytes + (at < p.k ? (uint32_t)at / 32 * sizeof(q8_1) : 0);
             ds[i] = load_words<4>(from_here);
-            y[i] = load_words<32>(from_here + 4);
+            y[i] = load_words_in_pairs<32>(from_here + 4);
         }
     }
     HQ_MEMBER void store(T& t, int k, int from, int thread) const {
@@ -75,7 +79,8 @@ template <class Q, int kColumns, int kRows, int kAlign> struct Stage {
                 if (kSpan > T::kStage && at >= T::kStage) continue;  // of another stage
 #pragma unroll
                 for (int j = 0; j < Q::kStrip / 4; j += 4)
-                    *(Four*)&t.x[r][at / 4 + j] = {Q::word(units[i], s, j), Q::word(units[i], s, j + 1), Q::word(units[i], s, j + 2), Q::word(units[i], s, j + 3)};
+                    *(Four*)&t.x[r][at / 4 + j] = {Q::word(units[i], s, j), Q::word(units[i], s, j + 1),
+                        Q::word(units[i], s, j + 2), Q::word(units[i], s, j + 3)};
                 if (at % Q::kGroup) continue;
                 float scale = d;
                 if constexpr (Q::kSub) scale *= Q::sub_scale(units[i], s);
@@ -112,7 +117,7 @@ template <class Q, int kColumns, int kRows, int kAlign> struct Stage {
 template <class Q, int kColumns, int kRows> struct ByMatrixUnits {
     using T = Tile<Q, kColumns, kRows>;
     static constexpr int kDown = kRows >= 2 * kColumns ? 4 : 2, kAcross = 4 / kDown;  // warps
-    static constexpr int kM = kRows / 16 / kDown, kN = kColumns / 8 / kAcross;         // fragments of a warp
+    static constexpr int kM = kRows / 16 / kDown, kN = kColumns / 8 / kAcross;  // fragments of a warp
     static constexpr int kBias = 0x4B400000;  // 1.5 * 2^23 as bits: a small integer added to it is the float's mantissa
     float acc[kM][kN][4] = {};
     int lane, row, column;
@@ -151,7 +156,8 @@ template <class Q, int kColumns, int kRows> struct ByMatrixUnits {
                         const float product = bits<float>(c[i]) - bits<float>(kBias);
                         acc[m][n][i] = __builtin_fmaf(product, scale[m][i / 2] * d[i % 2], acc[m][n][i]);
                         if constexpr (Q::kMin)
-                            acc[m][n][i] = __builtin_fmaf(-minimum[m][i / 2], t.sum[g][column + 8 * n + lane % 4 * 2 + i % 2], acc[m][n][i]);
+                            acc[m][n][i] = __builtin_fmaf(
+                                -minimum[m][i / 2], t.sum[g][column + 8 * n + lane % 4 * 2 + i % 2], acc[m][n][i]);
                     }
                 }
             }
@@ -162,7 +168,8 @@ template <class Q, int kColumns, int kRows> struct ByMatrixUnits {
         for (int m = 0; m < kM; m++)
 #pragma unroll
             for (int n = 0; n < kN; n++)
-                for (int i = 0; i < 4; i++) write(row + 16 * m + i / 2 * 8, column + 8 * n + lane % 4 * 2 + i % 2, acc[m][n][i]);
+                for (int i = 0; i < 4; i++)
+                    write(row + 16 * m + i / 2 * 8, column + 8 * n + lane % 4 * 2 + i % 2, acc[m][n][i]);
     }
 };
 
@@ -247,11 +254,13 @@ HQ_INLINE void multiply(P& product, Tile<Q, kColumns, kRows>& tile, const Proble
     }
 }
 
-template <class Q, int kColumns, int kRows>
-HQ_INLINE void mul_mat(const void* x, const void* y, float* dst, int k, int nrows, int ncols, int nrows_y, int nrows_dst) {
+template <class Q, int kColumns, int kRows> HQ_INLINE void mul_mat(
+    const void* x, const void* y, float* dst, int k, int nrows, int ncols, int nrows_y, int nrows_dst) {
     HQ_SHARED Tile<Q, kColumns, kRows> tile;
-    const Problem p{(const uint8_t*)x, (const uint8_t*)y, (uint64_t)((uint32_t)k / Q::kBlock) * sizeof(typename Q::Block),
-                    (uint64_t)((uint32_t)nrows_y / 32) * sizeof(q8_1), k, (int)block_x() * kRows, (int)block_y() * kColumns, nrows, ncols};
+    const Problem p{(const uint8_t*)x, (const uint8_t*)y,
+        (uint64_t)((uint32_t)k / Q::kBlock) * sizeof(typename Q::Block),
+        (uint64_t)((uint32_t)nrows_y / 32) * sizeof(q8_1), k, (int)block_x() * kRows, (int)block_y() * kColumns, nrows,
+        ncols};
     typename Choose<kMatrixUnits>::template Type<ByMatrixUnits<Q, kColumns, kRows>, ByDots<Q, kColumns, kRows>> product;
     constexpr int kAlign = row_alignment(sizeof(typename Q::Block));
     if (kAlign == 2 || (uint64_t)x % kAlign == 0) multiply<kAlign>(product, tile, p);
@@ -262,11 +271,11 @@ HQ_INLINE void mul_mat(const void* x, const void* y, float* dst, int k, int nrow
     });
 }
 
-#define HQ_ENTRY(suffix, Q, mmq_x, mmq_y)                                                                             \
-    HQ_RESIDENT_KERNEL(128, mmq_x * mmq_y > 64 * 64 ? 2 : 4) \
-    mul_mat_##suffix(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int nrows_y,    \
-                     int nrows_dst) {                                                                                 \
-        mul_mat<Q, mmq_x, mmq_y>(x, y, dst, ncols_x, nrows_x, ncols_y, nrows_y, nrows_dst);                           \
+#define HQ_ENTRY(suffix, Q, mmq_x, mmq_y)                                                                              \
+    HQ_RESIDENT_KERNEL(128, mmq_x* mmq_y > 64 * 64 ? 2 : 4)                                                            \
+    mul_mat_##suffix(                                                                                                  \
+        const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int nrows_y, int nrows_dst) { \
+        mul_mat<Q, mmq_x, mmq_y>(x, y, dst, ncols_x, nrows_x, ncols_y, nrows_y, nrows_dst);                            \
     }
 HQ_TILES(HQ_ENTRY)
 #undef HQ_ENTRY

@@ -1,10 +1,11 @@
-// `mul_mat_vec_*`: weights times 1 to 8 columns of q8_1. A block of the grid takes one row (one column) or two rows; its
-// lanes take units of the rows in turn, all columns of each, and the sums meet in shared memory.
+// `mul_mat_vec_*`: weights times 1 to 8 columns of q8_1. A block of the grid takes one row (one column) or two rows;
+// its lanes take units of the rows in turn, all columns of each, and the sums meet in shared memory.
 #include "types.h"
 
 // Strip s of a unit times its part of a column, added to acc: sums of products scaled by d of q8_1 and the sub-scale.
 // `y` is the block of activations of strip 0, `part` where the strip begins in its own.
-template <class Q> HQ_INLINE void add_strip(const typename Q::Unit& w, int s, const uint8_t* y, uint32_t part, float& acc, float& low) {
+template <class Q>
+HQ_INLINE void add_strip(const typename Q::Unit& w, int s, const uint8_t* y, uint32_t part, float& acc, float& low) {
     const uint8_t* block = y + s * (Q::kStep / 32) * (int)sizeof(q8_1);
     const uint32_t ds = load_words<4>(block).w[0];
     const auto q = load_words<Q::kStrip>(y + part + (s * (Q::kStep / 32) * (int)sizeof(q8_1) + 4));
@@ -38,12 +39,12 @@ template <class Q> HQ_INLINE float dot(const typename Q::Unit& w, const uint8_t*
     return acc;
 }
 
-// Rows that share a load of the activations. The table gives a block one or two rows; where it takes more, the blocks that
-// follow have nothing to do.
+// Rows that share a load of the activations. The table gives a block one or two rows; where it takes more, the blocks
+// that follow have nothing to do.
 constexpr int kRows = 2;
 
-template <class Q, int kColumns, int kAlign>
-HQ_INLINE void add_rows(float* acc, const uint8_t* const* rows, const uint8_t* y, uint64_t stride, uint32_t nblocks, uint32_t lane, uint32_t lanes) {
+template <class Q, int kColumns, int kAlign> HQ_INLINE void add_rows(float* acc, const uint8_t* const* rows,
+    const uint8_t* y, uint64_t stride, uint32_t nblocks, uint32_t lane, uint32_t lanes) {
     const uint32_t u = lane % Q::kUnits, first = Q::position(u) / 32, part = Q::position(u) % 32;
     for (uint32_t block = lane / Q::kUnits; block < nblocks; block += lanes / Q::kUnits) {
         typename Q::Unit w[kRows];
@@ -54,7 +55,8 @@ HQ_INLINE void add_rows(float* acc, const uint8_t* const* rows, const uint8_t* y
 #pragma unroll
             for (int r = 0; r < kRows; r++) {
                 float& sum = acc[c * kRows + r];
-                sum = dot<Q>(w[r], y + c * stride + (block * (Q::kBlock / 32) + first) * (uint32_t)sizeof(q8_1), part, sum);
+                sum = dot<Q>(
+                    w[r], y + c * stride + (block * (Q::kBlock / 32) + first) * (uint32_t)sizeof(q8_1), part, sum);
             }
     }
 }
@@ -84,7 +86,8 @@ HQ_INLINE void mul_mat_vec(const void* x, const void* y, float* dst, int ncols, 
     float acc[kSums] = {};
     const uint32_t lane = (thread_y() - group * share) * 32 + thread_x(), lanes = 32 * share;
     constexpr int kAlign = row_alignment(sizeof(typename Q::Block));
-    if (kAlign == 2 || (uint64_t)x % kAlign == 0) add_rows<Q, kColumns, kAlign>(acc, rows, (const uint8_t*)y, stride, nblocks, lane, lanes);
+    if (kAlign == 2 || (uint64_t)x % kAlign == 0)
+        add_rows<Q, kColumns, kAlign>(acc, rows, (const uint8_t*)y, stride, nblocks, lane, lanes);
     else add_rows<Q, kColumns, 2>(acc, rows, (const uint8_t*)y, stride, nblocks, lane, lanes);
     HQ_SHARED float partial[kTeams][kSums];
     const int which = team_sums<kSums>(acc);
@@ -99,11 +102,14 @@ HQ_INLINE void mul_mat_vec(const void* x, const void* y, float* dst, int ncols, 
 
 // Blocks that shall be resident on an NVIDIA multiprocessor: at batch 1 the latency of
 // memory is hidden by other blocks alone (H200, 2026-11-22).
-template <class Q> constexpr int resident(int columns) { return columns > 1 ? 1 : sizeof(typename Q::Unit) <= 28 ? 10 : 8; }
+template <class Q> constexpr int resident(int columns) {
+    return columns > 1 ? 1 : sizeof(typename Q::Unit) <= 28 ? 10 : 8;
+}
 
-#define HQ_ENTRY(name, Q, columns)                                                                                    \
-    HQ_RESIDENT_KERNEL(columns <= 4 ? 128 : 64, resident<Q>(columns)) name(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int nrows_y, int nrows_dst) {            \
-        mul_mat_vec<Q, columns>(x, y, dst, ncols_x, nrows_x, nrows_y, nrows_dst);                                     \
+#define HQ_ENTRY(name, Q, columns)                                                                                     \
+    HQ_RESIDENT_KERNEL(columns <= 4 ? 128 : 64, resident<Q>(columns))                                                  \
+    name(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int nrows_y, int nrows_dst) {             \
+        mul_mat_vec<Q, columns>(x, y, dst, ncols_x, nrows_x, nrows_y, nrows_dst);                                      \
     }
 HQ_MAT_VEC(HQ_ENTRY)
 #undef HQ_ENTRY

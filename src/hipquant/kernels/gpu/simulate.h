@@ -90,6 +90,7 @@ template <int N, int kAlign> HQ_INLINE Words<N> field(Row<kAlign> row, uint32_t 
     static_assert(N % 8 == 0, "pairs of words");
     return load_vectors<N, (kAlign == 16 && N < 16 ? 8 : kAlign)>(row.p + at);
 }
+template <int N, int kAlign> HQ_INLINE Words<N> inner_field(Row<kAlign> row, uint32_t at) { return field<N>(row, at); }
 template <int kAlign> HQ_INLINE uint32_t field_word(Row<kAlign> row, uint32_t at) {
     return load_vectors<4, (kAlign < 4 ? 2 : 4)>(row.p + at).w[0];
 }
@@ -99,6 +100,7 @@ template <int kAlign> HQ_INLINE uint32_t field_half(Row<kAlign> row, uint32_t at
 template <int kAlign> HQ_INLINE int field_byte(Row<kAlign> row, uint32_t at) { return (int8_t)row.p[at]; }
 
 template <int N> HQ_INLINE Words<N> load_words(const void* p) { return load_vectors<N, 4>(p); }
+template <int N> HQ_INLINE Words<N> load_words_in_pairs(const void* p) { return load_words<N>(p); }
 HQ_INLINE uint32_t load4(const void* p) { return load_vectors<4, 2>(p).w[0]; }
 template <int kAlign, int N> HQ_INLINE void store(void* p, const Words<N>& v) {
     __builtin_memcpy((void*)aligned_to(kAlign, p, "a store"), v.w, N);

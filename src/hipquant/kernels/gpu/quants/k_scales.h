@@ -1,5 +1,5 @@
-// The 12 bytes in which Q4_K and Q5_K keep 8 scales and 8 minimums of 6 bits. Sub-block i < 4: scale in the low 6 bits of
-// byte i, minimum in those of byte i + 4; sub-block i >= 4: low nibbles in byte i + 4, high two bits at the top of
+// The 12 bytes in which Q4_K and Q5_K keep 8 scales and 8 minimums of 6 bits. Sub-block i < 4: scale in the low 6 bits
+// of byte i, minimum in those of byte i + 4; sub-block i >= 4: low nibbles in byte i + 4, high two bits at the top of
 // bytes i - 4 (scale) and i (minimum).
 #pragma once
 #include "../blocks.h"

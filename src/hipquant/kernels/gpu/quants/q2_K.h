@@ -1,6 +1,6 @@
-// Q2_K: | scales 16 bytes | qs 64 bytes | d half | dmin half |   256 weights = d scale q - dmin minimum, in 16 sub-blocks
-// of 16: scale in the low, minimum in the high nibble of byte i. Half h of the block, byte j of its 32: weight 32s + j
-// in bits 2s, 2s + 1.
+// Q2_K: | scales 16 bytes | qs 64 bytes | d half | dmin half |   256 weights = d scale q - dmin minimum, in 16
+// sub-blocks of 16: scale in the low, minimum in the high nibble of byte i. Half h of the block, byte j of its 32:
+// weight 32s + j in bits 2s, 2s + 1.
 #pragma once
 #include "../blocks.h"
 
@@ -16,7 +16,9 @@ struct Q2_K {
 
     HQ_INLINE uint32_t integers(uint32_t q, int s) { return q >> 2 * s & 0x03030303; }
 
-    HQ_INLINE uint32_t word(const Block& b, int j) { return integers(load4(b.qs + 32 * (j / 32) + 4 * (j % 8)), j / 8 % 4); }
+    HQ_INLINE uint32_t word(const Block& b, int j) {
+        return integers(load4(b.qs + 32 * (j / 32) + 4 * (j % 8)), j / 8 % 4);
+    }
     HQ_INLINE float scale(const Block& b, int g) { return half_to_float(b.d) * (float)(b.scales[g] & 15); }
     HQ_INLINE float minimum(const Block& b, int g) { return half_to_float(b.dmin) * (float)(b.scales[g] >> 4); }
 
@@ -29,7 +31,8 @@ struct Q2_K {
     };
     template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t u) {
         const uint32_t at = block * 84, h = u / 4, p = u / 2 % 2, g = u % 2, k = at + 8 * h + 4 * p + g;
-        Unit r{field_word(row, at + 80), {(uint32_t)field_byte(row, k), (uint32_t)field_byte(row, k + 2)}, field<16>(row, at + 16 + 32 * h + 16 * g)};
+        Unit r{field_word(row, at + 80), {(uint32_t)field_byte(row, k), (uint32_t)field_byte(row, k + 2)},
+            field<16>(row, at + 16 + 32 * h + 16 * g)};
         for (int i = 0; i < 4; i++) r.q.w[i] >>= 4 * p;
         return r;
     }

@@ -1,4 +1,5 @@
-// Q4_0: | d half | qs 16 bytes |   32 weights = d (q - 8). Byte j of qs: weight j in the low, j + 16 in the high nibble.
+// Q4_0: | d half | qs 16 bytes |   32 weights = d (q - 8). Byte j of qs: weight j in the low, j + 16 in the high
+// nibble.
 #pragma once
 #include "../blocks.h"
 

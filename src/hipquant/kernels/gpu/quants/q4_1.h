@@ -24,7 +24,9 @@ struct Q4_1 {
         Words<16> q;
         uint32_t dm;
     };
-    template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t) { return {field<16>(row, block * 20 + 4), field_word(row, block * 20)}; }
+    template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t) {
+        return {field<16>(row, block * 20 + 4), field_word(row, block * 20)};
+    }
     HQ_INLINE uint32_t position(uint32_t) { return 0; }
     HQ_INLINE uint32_t word(const Unit& v, int, int i) { return integers(v.q.w[i % 4], i >= 4); }
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.dm); }

@@ -1,5 +1,5 @@
-// Q4_K: | d half | dmin half | scales 12 bytes | qs 128 bytes |   256 weights = d scale q - dmin minimum, in 8 sub-blocks
-// of 32 (k_scales.h). Chunk c, 32 bytes of qs: sub-block 2c in the low nibbles, 2c + 1 in the high ones.
+// Q4_K: | d half | dmin half | scales 12 bytes | qs 128 bytes |   256 weights = d scale q - dmin minimum, in 8
+// sub-blocks of 32 (k_scales.h). Chunk c, 32 bytes of qs: sub-block 2c in the low nibbles, 2c + 1 in the high ones.
 #pragma once
 #include "k_scales.h"
 
@@ -15,10 +15,18 @@ struct Q4_K {
 
     HQ_INLINE uint32_t integers(uint32_t q, int high) { return (high ? q >> 4 : q) & 0x0F0F0F0F; }
 
-    HQ_INLINE uint32_t word(const Block& b, int j) { return integers(load4(b.qs + 32 * (j / 16) + 4 * (j % 8)), j / 8 % 2); }
-    HQ_INLINE KScales pair(const Block& b, int g) { return k_scales(load4(b.scales), load4(b.scales + 4), load4(b.scales + 8), g / 2); }
-    HQ_INLINE float scale(const Block& b, int g) { return half_to_float(b.d) * (float)(pair(b, g).scales >> 8 * (g % 2) & 63); }
-    HQ_INLINE float minimum(const Block& b, int g) { return half_to_float(b.dmin) * (float)(pair(b, g).minimums >> 8 * (g % 2) & 63); }
+    HQ_INLINE uint32_t word(const Block& b, int j) {
+        return integers(load4(b.qs + 32 * (j / 16) + 4 * (j % 8)), j / 8 % 2);
+    }
+    HQ_INLINE KScales pair(const Block& b, int g) {
+        return k_scales(load4(b.scales), load4(b.scales + 4), load4(b.scales + 8), g / 2);
+    }
+    HQ_INLINE float scale(const Block& b, int g) {
+        return half_to_float(b.d) * (float)(pair(b, g).scales >> 8 * (g % 2) & 63);
+    }
+    HQ_INLINE float minimum(const Block& b, int g) {
+        return half_to_float(b.dmin) * (float)(pair(b, g).minimums >> 8 * (g % 2) & 63);
+    }
 
     // Bytes 16g to 16g + 15 of chunk c: strip s is half of sub-block 2c + s.
     static constexpr int kUnits = 8, kStrip = 16, kStep = 32, kSpan = 64;
@@ -31,7 +39,8 @@ struct Q4_K {
     template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t u) {
         const uint32_t at = block * 144, chunk = u / 2, part = 16 * (u % 2);
         const Words<16> head = field<16>(row, at);
-        return {head.w[0], k_scales(head.w[1], head.w[2], head.w[3], chunk), field<16>(row, at + 16 + 32 * chunk + part)};
+        return {
+            head.w[0], k_scales(head.w[1], head.w[2], head.w[3], chunk), field<16>(row, at + 16 + 32 * chunk + part)};
     }
     HQ_INLINE uint32_t position(uint32_t u) { return u / 2 * 64 + 16 * (u % 2); }
     HQ_INLINE uint32_t word(const Unit& v, int s, int i) { return integers(v.q.w[i], s); }

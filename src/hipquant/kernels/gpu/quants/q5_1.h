@@ -1,5 +1,5 @@
-// Q5_1: | d half | m half | qh 4 bytes | qs 16 bytes |   32 weights = d q + m. Byte j of qs: the low nibbles of weight j
-// and j + 16; bit j of qh: the fifth bit of weight j.
+// Q5_1: | d half | m half | qh 4 bytes | qs 16 bytes |   32 weights = d q + m. Byte j of qs: the low nibbles of weight
+// j and j + 16; bit j of qh: the fifth bit of weight j.
 #pragma once
 #include "../blocks.h"
 
@@ -27,7 +27,9 @@ struct Q5_1 {
         Words<8> head;
         Words<16> q;
     };
-    template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t) { return {field<8>(row, block * 24), field<16>(row, block * 24 + 8)}; }
+    template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t) {
+        return {field<8>(row, block * 24), field<16>(row, block * 24 + 8)};
+    }
     HQ_INLINE uint32_t position(uint32_t) { return 0; }
     HQ_INLINE uint32_t word(const Unit& v, int, int i) { return integers(v.q.w[i % 4], v.head.w[1], i); }
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.head.w[0]); }

@@ -1,6 +1,6 @@
 // Q5_K: | d half | dmin half | scales 12 bytes | qh 32 bytes | qs 128 bytes |   256 weights = d scale q - dmin minimum,
-// in 8 sub-blocks of 32 (k_scales.h). Chunk c, 32 bytes of qs: the low nibbles of sub-block 2c in the low nibbles, those
-// of 2c + 1 in the high ones; bit i of qh[j]: the fifth bit of weight j of sub-block i.
+// in 8 sub-blocks of 32 (k_scales.h). Chunk c, 32 bytes of qs: the low nibbles of sub-block 2c in the low nibbles,
+// those of 2c + 1 in the high ones; bit i of qh[j]: the fifth bit of weight j of sub-block i.
 #pragma once
 #include "k_scales.h"
 
@@ -24,9 +24,15 @@ struct Q5_K {
         const int chunk = j / 16, i = j % 8;
         return integers(load4(b.qs + 32 * chunk + 4 * i), load4(b.qh + 4 * i) >> 2 * chunk, j / 8 % 2);
     }
-    HQ_INLINE KScales pair(const Block& b, int g) { return k_scales(load4(b.scales), load4(b.scales + 4), load4(b.scales + 8), g / 2); }
-    HQ_INLINE float scale(const Block& b, int g) { return half_to_float(b.d) * (float)(pair(b, g).scales >> 8 * (g % 2) & 63); }
-    HQ_INLINE float minimum(const Block& b, int g) { return half_to_float(b.dmin) * (float)(pair(b, g).minimums >> 8 * (g % 2) & 63); }
+    HQ_INLINE KScales pair(const Block& b, int g) {
+        return k_scales(load4(b.scales), load4(b.scales + 4), load4(b.scales + 8), g / 2);
+    }
+    HQ_INLINE float scale(const Block& b, int g) {
+        return half_to_float(b.d) * (float)(pair(b, g).scales >> 8 * (g % 2) & 63);
+    }
+    HQ_INLINE float minimum(const Block& b, int g) {
+        return half_to_float(b.dmin) * (float)(pair(b, g).minimums >> 8 * (g % 2) & 63);
+    }
 
     // Bytes 16g to 16g + 15 of chunk c: strip s is half of sub-block 2c + s.
     static constexpr int kUnits = 8, kStrip = 16, kStep = 32, kSpan = 64;
@@ -39,7 +45,8 @@ struct Q5_K {
     template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t u) {
         const uint32_t at = block * 176, chunk = u / 2, part = 16 * (u % 2);
         const Words<16> head = field<16>(row, at);
-        Unit r{head.w[0], k_scales(head.w[1], head.w[2], head.w[3], chunk), field<16>(row, at + 16 + part), field<16>(row, at + 48 + 32 * chunk + part)};
+        Unit r{head.w[0], k_scales(head.w[1], head.w[2], head.w[3], chunk), field<16>(row, at + 16 + part),
+            field<16>(row, at + 48 + 32 * chunk + part)};
         for (int i = 0; i < 4; i++) r.qh.w[i] >>= 2 * chunk;
         return r;
     }

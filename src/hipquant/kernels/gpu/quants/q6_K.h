@@ -15,14 +15,14 @@ struct Q6_K {
     static constexpr int kBlock = 256, kGroup = 16, kFactor = 4;
     static constexpr bool kMin = false;
 
-    // Bits 2 to 5 of a byte from ql, bits 6 and 7 from qh with the top bit flipped: 4 (q - 32).
-    HQ_INLINE uint32_t integers(uint32_t ql, uint32_t flipped, int s) {
-        return ((s < 2 ? ql << 2 : ql >> 2) & 0x3C3C3C3C) | (flipped << (6 - 2 * s) & 0xC0C0C0C0);
-    }
+    // Bits 2 to 5 of a byte from the low nibble, bits 6 and 7 from the high two bits, the top one flipped: 4 (q - 32).
+    HQ_INLINE uint32_t integers(uint32_t low, uint32_t flipped) { return (low & 0x3C3C3C3C) | (flipped & 0xC0C0C0C0); }
 
     HQ_INLINE uint32_t word(const Block& b, int j) {
         const int h = j / 32, s = j / 8 % 4, i = j % 8;
-        return integers(load4(b.ql + 64 * h + 32 * (s % 2) + 4 * i), load4(b.qh + 32 * h + 4 * i) ^ 0xAAAAAAAA, s);
+        const uint32_t ql = load4(b.ql + 64 * h + 32 * (s % 2) + 4 * i),
+                       flipped = load4(b.qh + 32 * h + 4 * i) ^ 0xAAAAAAAA;
+        return integers(s < 2 ? ql << 2 : ql >> 2, rotate_left(flipped, 6 - 2 * s));
     }
     HQ_INLINE float scale(const Block& b, int g) { return half_to_float(b.d) * (float)b.scales[g] * (1.0f / kFactor); }
     HQ_INLINE float minimum(const Block&, int) { return 0; }
@@ -33,20 +33,24 @@ struct Q6_K {
     struct Unit {
         uint32_t d;
         int scales[2];
-        Words<16> ql, flipped;  // strip s in nibble s of ql, bits 4s, 4s + 1 of flipped
+        Words<16> ql, flipped;  // strip s in nibble s of ql, bits at + 4s, at + 4s + 1 of flipped
+        uint32_t at;
     };
     template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t u) {
         const uint32_t at = block * 210, h = u / 4, p = u / 2 % 2, g = u % 2, k = at + 192 + 8 * h + 2 * p + g;
         Unit r;
-        r.ql = field<16>(row, at + 64 * h + 32 * p + 16 * g);
-        r.flipped = field<16>(row, at + 128 + 32 * h + 16 * g);
+        r.ql = inner_field<16>(row, at + 64 * h + 32 * p + 16 * g);
+        r.flipped = inner_field<16>(row, at + 128 + 32 * h + 16 * g);
         r.d = field_half(row, at + 208);
         r.scales[0] = field_byte(row, k), r.scales[1] = field_byte(row, k + 4);
-        for (int i = 0; i < 4; i++) r.flipped.w[i] = (r.flipped.w[i] ^ 0xAAAAAAAA) >> 2 * p;
+        r.at = 2 * p;
+        for (int i = 0; i < 4; i++) r.flipped.w[i] ^= 0xAAAAAAAA;
         return r;
     }
     HQ_INLINE uint32_t position(uint32_t u) { return u / 4 * 128 + u / 2 % 2 * 32 + 16 * (u % 2); }
-    HQ_INLINE uint32_t word(const Unit& v, int s, int i) { return integers(v.ql.w[i], v.flipped.w[i], 2 * s); }
+    HQ_INLINE uint32_t word(const Unit& v, int s, int i) {
+        return integers(s == 0 ? v.ql.w[i] << 2 : v.ql.w[i] >> 2, rotate_left(v.flipped.w[i], 6 - v.at - 4 * s));
+    }
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.d); }
     HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)v.scales[s]; }
 };

@@ -21,7 +21,9 @@ struct Q8_0 {
         Words<32> q;
         uint32_t d;
     };
-    template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t) { return {field<32>(row, block * 34 + 2), field_half(row, block * 34)}; }
+    template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t) {
+        return {field<32>(row, block * 34 + 2), field_half(row, block * 34)};
+    }
     HQ_INLINE uint32_t position(uint32_t) { return 0; }
     HQ_INLINE uint32_t word(const Unit& v, int, int i) { return v.q.w[i]; }
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.d); }
