@@ -25,7 +25,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """The commit measured, marked where the tree differs from it."""
+    """The commit measured, marked where the tree differs from it; HIPQUANT_COMMIT tells it to a copy without git."""
+    if known := os.environ.get("HIPQUANT_COMMIT"):
+        return known
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent,
@@ -33,6 +35,12 @@ def commit() -> str:
         text=True,
     )
     return done.stdout.strip() or "unknown"
+
+
+def _runs_on(device: Device) -> dict[str, Any]:
+    if device.kind == "cpu":
+        return {"threads": device.threads}
+    return {"driver": ".".join(map(str, device.driver_version))}
 
 
 def header(device: Device) -> dict[str, Any]:
@@ -47,7 +55,11 @@ def header(device: Device) -> dict[str, Any]:
         ),
         "device": device.name,
         "target": device.target.name,
-        "threads": device.threads,
+        **(
+            {"threads": device.threads}
+            if device.kind == "cpu"
+            else {"driver": ".".join(map(str, device.driver_version))}
+        ),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "numpy": np.__version__,
