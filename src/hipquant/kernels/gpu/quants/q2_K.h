@@ -26,13 +26,15 @@ struct Q2_K {
     static constexpr int kUnits = 8, kStrip = 16, kStep = 32, kSpan = 64;
     static constexpr bool kSub = true;
     struct Unit {
-        uint32_t dm, scales[2];
-        Words<16> q;  // strip s in bits 2s, 2s + 1
+        uint32_t dm, scales;  // strip s: byte 2s
+        Words<16> q;          // strip s in bits 2s, 2s + 1
     };
     template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t u) {
-        const uint32_t at = block * 84, h = u / 4, p = u / 2 % 2, g = u % 2, k = at + 8 * h + 4 * p + g;
-        Unit r{field_word(row, at + 80), {(uint32_t)field_byte(row, k), (uint32_t)field_byte(row, k + 2)},
+        const uint32_t at = block * 84, h = u / 4, p = u / 2 % 2, g = u % 2;
+        const Words<8> scales = field<8>(row, at + 8 * h);
+        Unit r{field_word(row, at + 80), (p ? scales.w[1] : scales.w[0]) >> 8 * g,
             field<16>(row, at + 16 + 32 * h + 16 * g)};
+#pragma unroll
         for (int i = 0; i < 4; i++) r.q.w[i] >>= 4 * p;
         return r;
     }
@@ -40,6 +42,6 @@ struct Q2_K {
     HQ_INLINE uint32_t word(const Unit& v, int s, int i) { return integers(v.q.w[i], s); }
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.dm); }
     HQ_INLINE float dmin(const Unit& v) { return half_to_float(v.dm >> 16); }
-    HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)(v.scales[s] & 15); }
-    HQ_INLINE float sub_minimum(const Unit& v, int s) { return (float)(v.scales[s] >> 4 & 15); }
+    HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)(v.scales >> 16 * s & 15); }
+    HQ_INLINE float sub_minimum(const Unit& v, int s) { return (float)(v.scales >> (16 * s + 4) & 15); }
 };

@@ -27,6 +27,7 @@ struct Q4_0 {
     };
     template <class R> HQ_INLINE Unit load(R row, uint32_t block, uint32_t) {
         Unit r{field<16>(row, block * 18 + 2), field_half(row, block * 18)};
+#pragma unroll
         for (int i = 0; i < 4; i++) r.q.w[i] ^= 0x88888888;
         return r;
     }

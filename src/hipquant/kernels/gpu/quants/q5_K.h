@@ -47,6 +47,7 @@ struct Q5_K {
         const Words<16> head = field<16>(row, at);
         Unit r{head.w[0], k_scales(head.w[1], head.w[2], head.w[3], chunk), field<16>(row, at + 16 + part),
             field<16>(row, at + 48 + 32 * chunk + part)};
+#pragma unroll
         for (int i = 0; i < 4; i++) r.qh.w[i] >>= 2 * chunk;
         return r;
     }

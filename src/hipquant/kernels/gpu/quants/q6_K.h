@@ -44,6 +44,7 @@ struct Q6_K {
         r.d = field_half(row, at + 208);
         r.scales[0] = field_byte(row, k), r.scales[1] = field_byte(row, k + 4);
         r.at = 2 * p;
+#pragma unroll
         for (int i = 0; i < 4; i++) r.flipped.w[i] ^= 0xAAAAAAAA;
         return r;
     }
