@@ -91,7 +91,10 @@ HQ_INLINE int mul24(int a, int b) { return (a << 8 >> 8) * (b << 8 >> 8); }
 HQ_INLINE uint32_t mul24u(uint32_t a, uint32_t b) { return (a & 0xFFFFFF) * (b & 0xFFFFFF); }
 
 HQ_INLINE float half_to_float(uint32_t bits) { return (float)__builtin_bit_cast(_Float16, (uint16_t)bits); }
-HQ_INLINE uint16_t float_to_half(float v) { return __builtin_bit_cast(uint16_t, (_Float16)v); }
+HQ_INLINE uint16_t float_to_half(float v) {
+    asm("" : "+v"(v));  // a product is rounded by itself: fused with the conversion, as a sum with 0, it loses the -0
+    return __builtin_bit_cast(uint16_t, (_Float16)v);
+}
 
 // Bytes 2 to 5 of a | b << 32.
 HQ_INLINE uint32_t middle(uint32_t a, uint32_t b) { return __builtin_amdgcn_alignbit(b, a, 16); }
