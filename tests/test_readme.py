@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hipquant as hq
+from hipquant.quants import WEIGHT_TYPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,7 +23,7 @@ def test_code_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_links_lead_somewhere() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "docs/demo_model.md"):
+    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / name).read_text()
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
@@ -44,6 +45,25 @@ def test_figures_are_those_of_the_results() -> None:
             f"{generation['fraction_of_ceiling']:.0%}",
         ]
         assert " | ".join(cells) in README, row["model"]
+
+
+def test_gpu_figures_are_those_of_the_result() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "gpu-kernels-h200.json").read_text())
+    rows = {(r["kernel"], r["type"], r["shape"]): r for r in result["rows"]}
+    assert f"read ceiling of {result['read_ceiling_GB/s']:.0f} GB/s of the same run" in " ".join(README.split())
+    for t in (t.name for t in WEIGHT_TYPES):
+        cells = [t]
+        for shape in ("4096x14336", "32000x4096"):
+            one = rows["mul_mat_vec 1", t, shape]
+            cells += [f"{one['gbs']:.0f} ({one['fraction']:.0%})", f"{one['to_candle']:.2f}"]
+        eight, matrix = rows["mul_mat_vec 8", t, "4096x14336"], rows["mul_mat", t, "4096x4096x512"]
+        cells += [
+            f"{eight['us']:.1f}",
+            f"{eight['to_candle']:.2f}",
+            f"{matrix['tops']:.0f}",
+            f"{matrix['to_candle']:.2f}",
+        ]
+        assert f"| {' | '.join(cells)} |" in README, t
 
 
 def test_the_framework_functions_are_all_named() -> None:
