@@ -1,4 +1,4 @@
-// A driver library without a GPU, for tests/test_gpu_driver.py: the symbols of either column of driver/gpu_symbols.py
+// A driver library without a GPU, for tests/gpu_devices.py: the symbols of either column of driver/gpu_symbols.py
 // over host memory. Work is done at once, in order; a captured stream records it. Whatever a real driver would not
 // forgive is an error here: a call without the right context, a stale handle, a free of something else.
 // Compiled with -DHIP (and -DR0600 for the properties of ROCm 6) or -DCUDA, freestanding.

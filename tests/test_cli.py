@@ -424,11 +424,19 @@ class Terminal:
         self.send(message + "\n")
         return self.read_until(PROMPT)
 
+    def ended(self, seconds: float) -> bool:
+        """Whether the command ends within this time."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(OSError):  # what a terminal says when its last user is gone
+            while select.select([self.fd], [], [], max(0, end - time.monotonic()))[0]:
+                if not os.read(self.fd, 4096):
+                    return True
+            return False
+        return True
+
     def exit_code(self) -> int:
         """Waits for the end."""
-        with contextlib.suppress(OSError):  # what a terminal says when its last user is gone
-            while os.read(self.fd, 4096):
-                pass
+        assert self.ended(60), "the command does not end"
         pid, self.pid = self.pid, 0
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -473,8 +481,10 @@ def test_a_conversation_on_a_terminal(chatty, terminal):
 def test_leaving_at_the_prompt(chatty, terminal, leave):
     child = terminal("run", chatty)
     child.read_until(PROMPT)
-    time.sleep(0.2)  # Python misses a signal that comes between showing the prompt and waiting for a key
-    child.send(leave)
+    for _ in range(20):  # Python misses a signal that comes between showing the prompt and waiting for a key
+        child.send(leave)
+        if child.ended(1):
+            break
     assert child.exit_code() == 0
 
 

@@ -180,7 +180,7 @@ MISTAKES = {
         "* y[i] + 0 * load_words<4>(w + 1).w[0];",
         "a load at an address that is not a multiple of 4",
     ),
-    "more than 24 bits": (VECTOR, "* y[i];", "* y[i] + mul24(1 << 23, 1);", "mul24(8388608, 1): more than 24 bits"),
+    "more than 24 bits": (VECTOR, "* y[i];", "* y[i] + mul24(1 << 24, 1);", "mul24(16777216, 1): more than 24 bits"),
     "an overflow": (VECTOR, "* y[i];", "* y[i] + (i + 2147483647 < 0);", "runtime error: signed integer overflow"),
 }
 

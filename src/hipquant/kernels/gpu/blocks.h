@@ -22,7 +22,7 @@ struct q8_1 {
 static_assert(sizeof(q8_1) == 36, "36 bytes");
 
 // Bits 0 to 3 of v as the lowest bits of the 4 bytes of a word.
-HQ_INLINE uint32_t spread_bits(uint32_t v) { return mul24u(v & 15, 0x204081) & 0x01010101; }
+HQ_INLINE uint32_t spread_bits(uint32_t v) { return mul24(v & 15, 0x204081) & 0x01010101; }
 
 // Byte i of a word, signed.
 HQ_INLINE int byte_of(uint32_t v, int i) { return (int)(v << (24 - 8 * i)) >> 24; }

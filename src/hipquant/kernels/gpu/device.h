@@ -86,9 +86,8 @@ HQ_INLINE void keep_order() {
     __builtin_amdgcn_sched_barrier(0);
 }
 
-// a * b for |a|, |b| < 2^23: the full 32-bit product takes four times as long.
-HQ_INLINE int mul24(int a, int b) { return (a << 8 >> 8) * (b << 8 >> 8); }
-HQ_INLINE uint32_t mul24u(uint32_t a, uint32_t b) { return (a & 0xFFFFFF) * (b & 0xFFFFFF); }
+// a * b for a, b < 2^24: the full 32-bit product takes four times as long.
+HQ_INLINE uint32_t mul24(uint32_t a, uint32_t b) { return (a & 0xFFFFFF) * (b & 0xFFFFFF); }
 
 HQ_INLINE float half_to_float(uint32_t bits) { return (float)__builtin_bit_cast(_Float16, (uint16_t)bits); }
 HQ_INLINE uint16_t float_to_half(float v) {
@@ -169,8 +168,7 @@ HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
     return r;
 }
 HQ_INLINE void keep_order() { asm volatile("" ::: "memory"); }
-HQ_INLINE int mul24(int a, int b) { return a * b; }
-HQ_INLINE uint32_t mul24u(uint32_t a, uint32_t b) { return a * b; }
+HQ_INLINE uint32_t mul24(uint32_t a, uint32_t b) { return a * b; }
 
 HQ_INLINE float half_to_float(uint32_t bits) {
     float r;
@@ -206,6 +204,7 @@ HQ_INLINE void load_u64(uint32_t* to, const void* p) {
 HQ_INLINE void load_u128(uint32_t* to, const void* p) {
     asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(p));
 }
+
 // A load under a condition, without a branch; 0 otherwise.
 HQ_INLINE uint32_t load_u32_if(uint32_t condition, const void* p) {
     uint32_t r;

@@ -1,6 +1,6 @@
 // `mul_mat_*`: weights times any number of columns of q8_1. A block of the grid makes a tile of mmq_y rows and mmq_x
-// columns: 64 weights of each row and the activations that belong to them are unpacked into shared memory, multiplied
-// there by matrix units or by dot4, and so on along the rows.
+// columns: a stage of 64 or 128 weights of each row and the activations that belong to them are unpacked into shared
+// memory, multiplied there by matrix units or by dot4, and so on along the rows.
 #include "types.h"
 
 constexpr int kThreads = 128;

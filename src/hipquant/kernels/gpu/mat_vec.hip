@@ -100,8 +100,8 @@ HQ_INLINE void mul_mat_vec(const void* x, const void* y, float* dst, int ncols, 
     dst[(uint64_t)(j / kRows) * nrows_dst + row] = sum * (1.0f / Q::kFactor);
 }
 
-// Blocks that shall be resident on an NVIDIA multiprocessor: at batch 1 the latency of
-// memory is hidden by other blocks alone (H200, 2026-11-22).
+// Blocks that shall be resident on an NVIDIA multiprocessor: at batch 1 the latency of memory is hidden by other blocks
+// alone (H200, 2026-11-22).
 template <class Q> constexpr int resident(int columns) {
     return columns > 1 ? 1 : sizeof(typename Q::Unit) <= 28 ? 10 : 8;
 }

@@ -53,13 +53,8 @@ HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
     for (int i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
     return c;
 }
-HQ_INLINE int mul24(int a, int b) {
-    const int most = 1 << 23;
-    if (a < -most || a >= most || b < -most || b >= most) hq_fault("mul24(%d, %d): more than 24 bits", a, b);
-    return (int)((uint32_t)a * (uint32_t)b);
-}
-HQ_INLINE uint32_t mul24u(uint32_t a, uint32_t b) {
-    if ((a | b) >> 24) hq_fault("mul24u(%u, %u): more than 24 bits", a, b);
+HQ_INLINE uint32_t mul24(uint32_t a, uint32_t b) {
+    if ((a | b) >> 24) hq_fault("mul24(%u, %u): more than 24 bits", a, b);
     return a * b;
 }
 HQ_INLINE void keep_order() {}

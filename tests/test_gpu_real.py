@@ -1,0 +1,137 @@
+"""A real GPU as a device, where HIPQUANT_TEST_DEVICE names one. Its machine may lack gguf, and so tests/models.py."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import hipquant as hq
+from gpu_devices import ADD, HEADER
+from hipquant.driver import Event, gpu
+from hipquant.driver.gpu_module import Module
+from hipquant.driver.gpu_stream import Stream
+from hipquant.errors import DriverError, InvalidCodeObjectError, KernelNotFoundError, OutOfDeviceMemoryError
+
+REAL = os.environ.get("HIPQUANT_TEST_DEVICE", "")
+needs_device = pytest.mark.skipif(not REAL.startswith("cuda"), reason="HIPQUANT_TEST_DEVICE names no NVIDIA device")
+
+
+@pytest.fixture
+def real() -> gpu.Device:
+    found = hq.device(REAL)
+    assert isinstance(found, gpu.Device)
+    return found
+
+
+@needs_device
+def test_real_memory(real: gpu.Device) -> None:
+    free = real.free_memory
+    assert real.target.name.startswith("sm_")
+    assert (real.wave_size, real.compute_units > 0) == (32, True)
+    assert 0 < free <= real.memory
+    data = np.random.default_rng(0).integers(0, 256, 64 << 20, np.uint8)
+    buffer = real.upload(data)
+    np.testing.assert_array_equal(buffer.read(np.uint8, data.shape), data)
+    pinned, stream = real.allocate_host(1 << 20), real.create_stream()
+    pinned[:] = 5
+    buffer.write_async(pinned, stream, offset=123)
+    buffer.view(0, 100).fill(9, stream)
+    stream.synchronize()
+    data[123 : 123 + (1 << 20)], data[:100] = 5, 9
+    np.testing.assert_array_equal(buffer.read(np.uint8, data.shape), data)
+    buffer.free()
+    assert real.free_memory >= free - (4 << 20)
+    with pytest.raises(OutOfDeviceMemoryError, match="are free"):
+        real.allocate(1 << 50)
+    for _ in range(1000):
+        real.allocate(1 << 20)
+    assert real.free_memory >= free - (4 << 20)
+
+
+@needs_device
+def test_real_launches_graphs_and_their_time(real: gpu.Device) -> None:
+    n, rng = 100_000, np.random.default_rng(0)
+    a, b = rng.integers(0, 1 << 30, (2, n), np.int32)
+    function = real.get_or_load_func("add_i32", ADD.encode())
+    x, y, z = real.upload(a), real.upload(b), real.allocate(4 * n)
+    grid, block, params = (-(-n // 256), 1, 1), (256, 1, 1), [x, y, z, ctypes.c_uint32(n)]
+    z.fill(0xFF)
+    function.launch(grid, block, 0, real.stream, params)
+    np.testing.assert_array_equal(z.read(np.int32, (n,)), a + b)
+
+    stream = real.create_stream()
+    with stream.capture() as graph:  # x += y, twice
+        for _ in range(2):
+            function.launch(grid, block, 0, stream, [x, y, x, ctypes.c_uint32(n)])
+    assert len(graph) == 2
+    for _ in range(3):
+        graph.launch(stream)
+    stream.synchronize()
+    np.testing.assert_array_equal(x.read(np.int32, (n,)), a + 6 * b)
+    with stream.capture() as other:
+        for _ in range(2):
+            function.launch(grid, block, 0, stream, [z, y, z, ctypes.c_uint32(n)])
+    graph.update(other)
+    graph.launch(stream)
+    stream.synchronize()
+    np.testing.assert_array_equal(z.read(np.int32, (n,)), a + 3 * b)
+    with stream.capture() as longer:
+        for _ in range(3):
+            function.launch(grid, block, 0, stream, [z, y, z, ctypes.c_uint32(n)])
+    graph.update(longer)
+    graph.launch(Stream.from_handle(real, stream.handle))
+    stream.synchronize()
+    np.testing.assert_array_equal(z.read(np.int32, (n,)), a + 6 * b)
+
+    first, second = Event(), Event()
+    first.record(stream)
+    for _ in range(100):
+        graph.launch(stream)
+    second.record(stream)
+    assert 0 < second.elapsed(first) < 10
+
+
+@needs_device
+def test_real_time_of_a_launch(real: gpu.Device, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints what one launch costs the caller; nothing is asserted of it but that it is there."""
+    module = Module(
+        real, (HEADER + ".visible .entry add_bias_f32(.param .u64 x, .param .u64 b, .param .u32 n) { ret; }").encode()
+    )
+    function, x = module.get_function("add_bias_f32"), real.allocate(64)
+    params = [x, x, 1]
+    times = []
+    for _ in range(20):
+        real.synchronize()
+        begun = time.perf_counter()
+        for _ in range(500):
+            function.launch((1, 1, 1), (32, 1, 1), 0, real.stream, params)
+        times.append((time.perf_counter() - begun) / 500)
+    real.synchronize()
+    with capsys.disabled():
+        print(f"\none launch from Python: {1e6 * min(times):.1f} µs, median {1e6 * sorted(times)[10]:.1f} µs")
+    assert min(times) > 0
+
+
+@needs_device
+def test_real_errors(real: gpu.Device) -> None:
+    with pytest.raises(InvalidCodeObjectError, match=r"CUDA_ERROR_INVALID_PTX \(218\)\. ptxas.*line"):
+        Module(real, ADD.replace("add.u32 %r7", "add.u33 %r7").encode())
+    with pytest.raises(KernelNotFoundError):
+        real.get_or_load_func("sub_i32", ADD.encode())
+    function = real.get_or_load_func("add_i32", ADD.encode())
+    with pytest.raises(DriverError, match=r"cuLaunchKernel failed with CUDA_ERROR_INVALID_VALUE \(1\)"):
+        function.launch((1, 1, 1), (2048, 1, 1), 0, real.stream, [*[ctypes.c_void_p(0)] * 3, ctypes.c_uint32(0)])
+    done: list[object] = []
+
+    def work() -> None:
+        done.append(real.upload(np.arange(5)).read(np.int64, (5,)).tolist())
+
+    worker = threading.Thread(target=work)  # a thread that has no context yet
+    worker.start()
+    worker.join()
+    assert done == [[0, 1, 2, 3, 4]]
