@@ -201,6 +201,15 @@ def test_targets_by_words() -> None:
         gpu_target("gfx110")
 
 
+def test_several_targets_after_one_option(tmp_path: Path, own_source: Path) -> None:
+    result = call("--target", "gfx1100", "sm_80", own_source, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        f"{own_source.stem}.{e}" for e in ("hsaco", "sm_80.ptx")
+    ]
+    assert "unknown target 'gfx1105'" in call("--target", "sm_80", "gfx1105", own_source).output
+
+
 def test_what_cannot_be_asked_for(tmp_path: Path, own_source: Path) -> None:
     for arguments, code, message in (
         (["--target", "gfx110"], 1, "unknown target 'gfx110'; nearest: .*gfx1100"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..wiring import PROFILES
-from .common import Bar, emit, interruptible, note
+from .common import Bar, TargetsCommand, emit, interruptible, note
 
 if TYPE_CHECKING:
     from ..targets import CpuTarget, GpuTarget
@@ -29,11 +29,9 @@ SUFFIXES = {
 }
 
 
-@click.command("build")
+@click.command("build", cls=TargetsCommand)
 @click.argument("sources", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--target", "words", multiple=True, help="gfx1100, sm_80, ..., or all, amd, nvidia, cpu; may be repeated."
-)
+@click.option("--target", "words", multiple=True, help="gfx1100, sm_80, ..., or all, amd, nvidia, cpu: one or more.")
 @click.option("--profile", type=click.Choice(PROFILES), default="hip", show_default=True, help="Names of the kernels.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="A file, or a folder for several.")
 @click.option("--compiler", type=click.Choice(COMPILERS), default="zig", show_default=True)

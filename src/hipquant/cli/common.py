@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import threading
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 DEMO = "demo"  # the name of the packaged model, where no file is called so
 BAR_AFTER, BAR_EVERY = 1.0, 0.1  # seconds
+
+
+TARGET = re.compile(r"(gfx[\w-]+|sm_\w+|all|amd|nvidia|cpu|x86[_-]64[\w-]*|aarch64[\w-]*)(,.*)?")
+
+
+class TargetsCommand(click.Command):
+    """A command whose --target takes several words: `--target gfx90a gfx1100` is `--target gfx90a --target gfx1100`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spelled: list[str] = []
+        for word in args:
+            if len(spelled) > 1 and spelled[-2] == "--target" and TARGET.fullmatch(word):
+                spelled.append("--target")
+            spelled.append(word)
+        return super().parse_args(ctx, spelled)
 
 
 def device_options(function: F) -> F:

@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from ..wiring import PROFILES
-from .common import Bar, emit, interruptible, note
+from .common import Bar, TargetsCommand, emit, interruptible, note
 
 
-@click.command("export")
+@click.command("export", cls=TargetsCommand)
 @click.argument("kind", type=click.Choice(("rocm-rs", "c")))
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--target", "words", multiple=True, metavar="T", help="Take only this AMD target (repeatable).")

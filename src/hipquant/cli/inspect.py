@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import emit, emit_json, json_option, table
+from .common import TargetsCommand, emit, emit_json, json_option, table
 
 if TYPE_CHECKING:
     from ..toolchain.inspect import Facts, Inspection, KernelInfo
@@ -19,7 +19,7 @@ HEAD = ("VGPRs", "SGPRs", "LDS", "scratch", "spills", "wave", "workgroup", "dot4
 UNKNOWN, ABSENT = "unknown", "-"
 
 
-@click.command("inspect")
+@click.command("inspect", cls=TargetsCommand)
 @click.argument("file", required=False)
 @click.option("--target", "targets", multiple=True, metavar="T", help="List the kernels of a target (repeatable).")
 @click.option("--kernel", "pattern", metavar="PATTERN", help="Show the arguments of a kernel, e.g. 'mul_mat_q4_*'.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..wiring import PROFILES, Kernel
-from .common import Bar, emit, emit_json, interruptible, json_option, note, table
+from .common import Bar, TargetsCommand, emit, emit_json, interruptible, json_option, note, table
 
 if TYPE_CHECKING:
     from ..toolchain.inspect import Inspection
@@ -21,7 +21,7 @@ NAMED = 3  # kernels or targets that one row of the table names
 SOURCES = (".hip", ".cu", ".cpp")
 
 
-@click.command("verify")
+@click.command("verify", cls=TargetsCommand)
 @click.argument("file", required=False)
 @click.option("--profile", type=click.Choice(PROFILES), default="hip", show_default=True, help="The kernels' names.")
 @click.option("--target", "targets", multiple=True, metavar="T", help="Verify only this target (repeatable).")
