@@ -17,7 +17,8 @@ from hipquant.codeobjects import QUANTIZED
 from hipquant.toolchain.cases import cases, complaints
 from hipquant.wiring import Kernel, kernel
 
-pytestmark = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing())
+if why := emulator.missing():
+    pytest.skip(why, allow_module_level=True)
 
 
 @pytest.fixture(scope="session")
