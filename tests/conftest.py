@@ -6,6 +6,7 @@ HIPQUANT_TARGETS="cpu gfx1100" builds no more than that: tests of other targets 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from hipquant.driver import Device
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job, whose commands would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):  # once, before the workers of pytest-xdist start
         _build(os.environ.get("HIPQUANT_TARGETS", "amd nvidia cpu").replace(",", " ").split())
 
