@@ -25,6 +25,7 @@ from hipquant.errors import InvalidCodeObjectError
 from hipquant.targets import AMD_TARGETS
 from hipquant.toolchain import disassemble, nvidia, zig
 from hipquant.toolchain import inspect as module
+from hipquant.toolchain.facts import amd_instruction
 from hipquant.toolchain.inspect import Inspection, KernelInfo, inspect, inspect_installed
 from hipquant.wiring import COMPATIBILITY, TABLE
 
@@ -314,7 +315,7 @@ def test_a_disassembler_that_does_not_end(
     ],
 )
 def test_bytes_of_a_load(instruction: str, nbytes: int) -> None:
-    assert disassemble.loaded_bytes(instruction) == nbytes
+    assert amd_instruction(instruction)[1] == nbytes
 
 
 # The command

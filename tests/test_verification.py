@@ -88,7 +88,7 @@ def test_the_newest_record_is_kept(tmp_path: Path) -> None:
 def test_what_is_wrong_is_no_pass(capsys: pytest.CaptureFixture[str]) -> None:
     """Of two backends, one that writes nothing."""
     rows = [kernel("get_rows_f32"), kernel("mul_mat_vec_q4_0_q8_1_hip2")]
-    right = verification._on_device(verification.device("cpu"), QUANTIZED)
+    right = verification.on_device(verification.device("cpu"), QUANTIZED)
     assert verification.passed({"none": lambda case: None, "cpu": right}, rows) == {
         "none": [],
         "cpu": [r.name for r in rows],
@@ -115,7 +115,7 @@ def test_arrays_lie_where_the_case_wants_them() -> None:
             seen.append([p.address % 4 for p in params if hasattr(p, "address")])
 
     *_, case = verification.cases(kernel("mul_mat_vec_q4_0_q8_1_hip1"))
-    verification._on_device(Recorder(), QUANTIZED)(case)  # type: ignore[arg-type]
+    verification.on_device(Recorder(), QUANTIZED)(case)  # type: ignore[arg-type]
     assert np.array_equal(
         seen, [[o % 4 for o, a in zip(case.offsets, case.params, strict=True) if isinstance(a, np.ndarray)]]
     )

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hipquant.codeobjects import QUANTIZED
-from hipquant.driver import Device, device
+from hipquant.driver import device
 from hipquant.driver.gpu_objects import unfit
 from hipquant.errors import HipquantError
 from hipquant.targets import AMD_TARGETS, CPU_TARGETS, NVIDIA_TARGETS, CpuTarget, GpuTarget
-from hipquant.toolchain.cases import Backend, Case, cases
+from hipquant.toolchain.cases import Backend, Case, cases, on_device
 from hipquant.wiring import COMPATIBILITY, TABLE, Kernel
 
 ROOT = Path(__file__).parent.parent
@@ -174,29 +173,9 @@ def measure(name: str, small: bool) -> list[Record]:
     code: dict[str, Any] = {t.name: (QUANTIZED.folder / t.filename).read_bytes() for t in targets}
     if found.kind == "cpu":
         code = {t.name: QUANTIZED for t in targets}
-    right = passed({t.name: _on_device(found, code[t.name]) for t in targets}, thorough=not small)
+    right = passed({t.name: on_device(found, code[t.name]) for t in targets}, thorough=not small)
     command = f"measure --device {found.kind}" + " --small" * small
     return [_record("measured", t.name, hashes[t.name], right[t.name], on, command) for t in targets]
-
-
-def _on_device(found: Device, code: Any) -> Backend:
-    """Launches cases, each array in memory of its own. (What `hipquant verify --run` does needs more packages.)"""
-
-    def run(case: Case) -> None:
-        function = found.get_or_load_func(case.kernel.name, code)
-        params: list[object] = list(case.params)
-        views = []
-        for i, value in enumerate(case.params):
-            if isinstance(value, np.ndarray):
-                params[i] = view = found.allocate(value.nbytes + 256).view(case.offsets[i], value.nbytes)
-                view.write(value)
-                views.append((value, view))
-        function.launch(case.grid, case.kernel.block, 0, found.stream, params)
-        found.stream.synchronize()
-        output: npt.NDArray[Any] = views[case.output][0]
-        output[...] = views[case.output][1].read(output.dtype, output.shape)
-
-    return run
 
 
 # The table

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import ops
+from ..codeobjects import CodeObjects
+from ..driver import Device
 from ..quants import FLOAT_TYPES, QK8_1, DequantizeArgs, QuantType, padded
 from ..tensor import Tensor
 from ..wiring import MAX_GRID_Y, Dim3, Kernel
@@ -26,6 +28,7 @@ Exact = npt.NDArray[np.float64]
 
 Q8_1_BYTES = 36
 GUARD = 512  # elements behind an output
+BOUNDARY = 256  # bytes: what `offsets` are relative to
 TAIL = 512  # elements of poison that a weight buffer may carry
 DISTINCT = 53  # rows of a matrix that differ; a prime, so that no tile boundary falls on a repetition
 ON_GRID, OFF_GRID = 1e-5, 5e-4  # NMSE, for activations that q8_1 holds exactly and for others
@@ -36,8 +39,8 @@ FLOAT_PRODUCT = 1e-10  # NMSE of products in float32
 class Case:
     """One launch: `params` in the order of the table, arrays for pointers; the output is written in place.
 
-    `offsets` are the bytes that each array should lie beyond a multiple of 256, the least that its alignment allows:
-    a backend that copies to memory of its own heeds them.
+    `offsets` are the bytes that each array should lie beyond a multiple of BOUNDARY, the least that its alignment
+    allows: a backend that copies to memory of its own heeds them.
     """
 
     kernel: Kernel
@@ -338,3 +341,23 @@ def _get_rows(kernel: Kernel, thorough: bool) -> Iterator[Case]:
             partial(judge.bit_for_bit, expected=expected, what="row", size=k),
             (kind.block_bytes if kind in FLOAT_TYPES else 2, 4, 4, 0, 0) if n % 2 else (0,) * 5,
         )
+
+
+def on_device(device: Device, code_object: bytes | CodeObjects) -> Backend:
+    """Launches cases on a device, each array in memory of its own."""
+
+    def run(case: Case) -> None:
+        function = device.get_or_load_func(case.kernel.name, code_object)
+        params: list[object] = list(case.params)
+        for i, value in enumerate(case.params):
+            if isinstance(value, np.ndarray):
+                offset = case.offsets[i] if case.offsets else 0
+                params[i] = buffer = device.allocate(value.nbytes + BOUNDARY).view(offset, value.nbytes)
+                buffer.write(value)
+                if i == case.output:
+                    output, written = value, buffer
+        function.launch(case.grid, case.kernel.block, 0, device.stream, params)
+        device.stream.synchronize()
+        output[...] = written.read(output.dtype, output.shape)
+
+    return run

@@ -11,15 +11,11 @@ from functools import cache
 from pathlib import Path
 
 from ..codeobjects.bundle import amd_target
+from .facts import amd_instruction
 from .kernel_info import Facts
 
 MAX_ELF = 32 << 20  # bytes
 _SYMBOL = re.compile(r"[0-9a-f]{8,16} <(.+)>:$")
-_DOT4 = re.compile(r"v_dot4")
-_MATRIX = re.compile(r"v_s?(?:wmma|wmmac|mfma|mfmac)_")
-_LOAD = re.compile(r"(?:global|flat|buffer)_load_(?:lds_|tr_)?(?:d16_)?(?:hi_)?(\w+)")
-_NARROW = {"ubyte": 1, "sbyte": 1, "u8": 1, "i8": 1, "ushort": 2, "sshort": 2, "short": 2, "u16": 2, "i16": 2}
-_WIDE = re.compile(r"dword(?:x(\d+))?|b(\d+)")
 _PADDING = ("s_code_end", "s_nop")
 
 
@@ -63,21 +59,10 @@ def count(listing: str) -> dict[str, Facts]:
         word = line.split(None, 1)[0] if line[:1] == "\t" and line.strip() else ""
         if not word or not row or word.startswith(_PADDING):
             continue
+        kind, nbytes = amd_instruction(word)
         row["instructions"] += 1
-        row["dot4"] += bool(_DOT4.match(word))
-        row["matrix"] += bool(_MATRIX.match(word))
-        if nbytes := loaded_bytes(word):
-            row["loads"] += 1
-            row["widest_load"] = max(row["widest_load"], nbytes)
+        row["dot4"] += kind == "dot4"
+        row["matrix"] += kind == "matrix"
+        row["loads"] += kind == "load"
+        row["widest_load"] = max(row["widest_load"], nbytes)
     return {name: Facts(**row) for name, row in found.items()}
-
-
-def loaded_bytes(instruction: str) -> int:
-    """Bytes that a vector load brings to a lane: 16 for `global_load_b128`; 0 for any other instruction."""
-    match = _LOAD.match(instruction)
-    if match is None:
-        return 0
-    width = _WIDE.match(match[1])
-    if width is None:
-        return next((n for word, n in _NARROW.items() if match[1].startswith(word)), 0)
-    return int(width[2]) // 8 if width[2] else 4 * int(width[1] or 1)

@@ -27,7 +27,8 @@ _PTX_BRANCH = re.compile(r"bra(?:\.uni)?\s+(\$L\w+)")
 def amd_facts(assembly: str) -> Facts:
     """Facts of every kernel of an AMD assembly listing."""
     kernels = set(re.findall(r"^\s*\.amdhsa_kernel\s+(\S+)", assembly, re.MULTILINE))
-    return {name: _facts(body, _amd_branch, _amd) for name, body in _amd_functions(assembly) if name in kernels}
+    functions = ((name, body) for name, body in _amd_functions(assembly) if name in kernels)
+    return {name: _facts(body, _amd_branch, amd_instruction) for name, body in functions}
 
 
 def ptx_facts(assembly: str) -> Facts:
@@ -65,7 +66,7 @@ def _ptx_branch(line: str) -> str | None:
     return match[1] if match else None
 
 
-def _amd(line: str) -> tuple[str, int]:
+def amd_instruction(line: str) -> tuple[str, int]:
     """What an instruction is, and the bytes that it loads: (dot4 | matrix | load | lds | other | "", bytes)."""
     if line.startswith(".") or line.endswith(":"):
         return "", 0

@@ -9,18 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ..codeobjects import CodeObjects
-from ..driver import Device
 from ..errors import DeviceNotFoundError, DriverError, HipquantError, InvalidCodeObjectError
 from ..wiring import COMPATIBILITY, Kernel
 from ..wiring import profile as rows_of
-from .cases import Backend, Case, cases
+from .cases import Backend, cases, on_device
 from .elf import Elf
 from .verify import Finding
 
-GUARD = 256  # bytes of alignment that the offsets of a case are relative to
 RUN_FIX = "compare with the kernel of the same name in hipquant's kernels/gpu/; the case names the shape that fails"
 
 
@@ -30,30 +26,6 @@ class Runner:
 
     name: str
     backend: Backend
-
-
-def on_device(device: Device, code_object: bytes | CodeObjects) -> Backend:
-    """Launches cases on a device, each array in memory of its own."""
-
-    def run(case: Case) -> None:
-        function = device.get_or_load_func(case.kernel.name, code_object)
-        params: list[object] = []
-        views = []
-        for i, value in enumerate(case.params):
-            if not isinstance(value, np.ndarray):
-                params.append(value)
-                continue
-            offset = case.offsets[i] if case.offsets else 0
-            buffer = device.allocate(value.nbytes + GUARD).view(offset, value.nbytes)
-            buffer.write(value)
-            views.append((value, buffer))
-            params.append(buffer)
-        function.launch(case.grid, case.kernel.block, 0, device.stream, params)
-        device.stream.synchronize()
-        for value, buffer in views:
-            value[...] = buffer.read(value.dtype, value.shape)
-
-    return run
 
 
 def kernels_to_run(present: Iterable[str], profile: str = "hip") -> list[Kernel]:

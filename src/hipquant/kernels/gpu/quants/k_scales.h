@@ -14,3 +14,9 @@ HQ_INLINE KScales k_scales(uint32_t a, uint32_t b, uint32_t c, uint32_t chunk) {
     if (chunk < 2) return {a & 0x3F3F, b & 0x3F3F};
     return {(c & 0x0F0F) | (a >> 2 & 0x3030), (c >> 4 & 0x0F0F) | (b >> 2 & 0x3030)};
 }
+
+// Scale and minimum of sub-block g, from the 12 bytes of its block.
+HQ_INLINE KScales k_scales_of(const uint8_t* scales, int g) {
+    const KScales pair = k_scales(load4(scales), load4(scales + 4), load4(scales + 8), g / 2);
+    return {pair.scales >> 8 * (g % 2) & 63, pair.minimums >> 8 * (g % 2) & 63};
+}

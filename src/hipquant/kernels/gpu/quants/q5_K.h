@@ -24,14 +24,9 @@ struct Q5_K {
         const int chunk = j / 16, i = j % 8;
         return integers(load4(b.qs + 32 * chunk + 4 * i), load4(b.qh + 4 * i) >> 2 * chunk, j / 8 % 2);
     }
-    HQ_INLINE KScales pair(const Block& b, int g) {
-        return k_scales(load4(b.scales), load4(b.scales + 4), load4(b.scales + 8), g / 2);
-    }
-    HQ_INLINE float scale(const Block& b, int g) {
-        return half_to_float(b.d) * (float)(pair(b, g).scales >> 8 * (g % 2) & 63);
-    }
+    HQ_INLINE float scale(const Block& b, int g) { return half_to_float(b.d) * (float)k_scales_of(b.scales, g).scales; }
     HQ_INLINE float minimum(const Block& b, int g) {
-        return half_to_float(b.dmin) * (float)(pair(b, g).minimums >> 8 * (g % 2) & 63);
+        return half_to_float(b.dmin) * (float)k_scales_of(b.scales, g).minimums;
     }
 
     // Bytes 16g to 16g + 15 of chunk c: strip s is half of sub-block 2c + s.
