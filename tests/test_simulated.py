@@ -65,6 +65,17 @@ def test_products_by_matrix_units(kernel: Kernel, wave: int, simulators: Callabl
         assert complaints(case, simulator) == []
 
 
+@needs_gcc
+@waves
+def test_products_by_way_of_shared_memory(wave: int, simulators: Callable[..., Simulator]) -> None:
+    """Copies in the background: early and late, rows shared and not, all blocks at once and some of them idle."""
+    simulator = simulators(wave, sources=(gpu.SOURCES / "mat_vec.hip",), matrix_units=True)
+    small = [c for c in cases(wiring.kernel("mul_mat_vec_q3_K_q8_1_hip1"), thorough=True) if c.grid[0] < 300]
+    assert {c.grid[0] for c in small} >= {1, 5, 7, 131, 257}
+    for case in small:
+        assert complaints(case, simulator) == []
+
+
 @waves
 def test_without_sanitizers(wave: int, simulators: Callable[..., Simulator]) -> None:
     """With zig alone, as `hipquant verify --run` does it."""

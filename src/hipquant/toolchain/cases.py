@@ -276,8 +276,8 @@ def _rows_of(kind: QuantType) -> tuple[int, int]:
 
 def _thorough_shapes(kind: QuantType) -> Iterator[tuple[int, int]]:
     block = kind.block_size
-    yield from [(1, block), (2, 2048), (37, 21 * 32 if block == 32 else 768), (257, 2048), (131, 512 + block)]
-    yield from [(509, 14336), (65537, 256), (70001, 256)]
+    yield from [(1, block), (7, 9216 + block), (2, 2048), (37, 21 * 32 if block == 32 else 768), (257, 2048)]
+    yield from [(131, 512 + block), (509, 14336), (65537, 256), (70001, 256)]
 
 
 def _dequantize_mul_mat_vec(kernel: Kernel, thorough: bool) -> Iterator[Case]:

@@ -27,6 +27,7 @@ template <int N> struct Words {
 #define HQ_RESIDENT_KERNEL(threads, blocks) HQ_KERNEL(threads)  // so many blocks shall fit on a unit at a time
 #define HQ_SHARED static __attribute__((shared))
 constexpr bool kMatrixUnits = false;  // mat_mat.hip: tiles through mma() or through dot4()
+#define HQ_ASYNC_COPIES 0             // mat_vec_staged.h: copy_async()
 
 HQ_INLINE int thread_x() { return (int)__builtin_amdgcn_workitem_id_x(); }
 HQ_INLINE int thread_y() { return (int)__builtin_amdgcn_workitem_id_y(); }
@@ -143,6 +144,7 @@ template <int kAlign, int N> HQ_INLINE void store(void* p, const Words<N>& v) {
 #define HQ_RESIDENT_KERNEL(threads, blocks) extern "C" __attribute__((global, launch_bounds(threads, blocks))) void
 #define HQ_SHARED static __attribute__((shared))
 constexpr bool kMatrixUnits = true;
+#define HQ_ASYNC_COPIES (__CUDA_ARCH__ >= 900)  // from sm_80 on, measured from sm_90 on
 
 #if defined(__clang__)
 HQ_INLINE int thread_x() { return __nvvm_read_ptx_sreg_tid_x(); }
@@ -167,6 +169,12 @@ HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
     asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
+// The same of uint8 and int8.
+HQ_INLINE int dot4_unsigned(uint32_t a, uint32_t b, int c) {
+    int r;
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
 HQ_INLINE void keep_order() { asm volatile("" ::: "memory"); }
 HQ_INLINE uint32_t mul24(uint32_t a, uint32_t b) { return a * b; }
 
@@ -180,6 +188,7 @@ HQ_INLINE uint16_t float_to_half(float v) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
     return r;
 }
+// Bytes of a | b << 32, by nibbles of the selector: a number from 0 to 7, plus 8 for 8 times its sign.
 HQ_INLINE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
@@ -348,6 +357,36 @@ template <int kAlign, int N> HQ_INLINE void store(void* p, const Words<N>& v) {
     }
 }
 
+// N bytes of shared memory, aligned to kAlign.
+template <int N, int kAlign> HQ_INLINE Words<N> load_shared(const void* p) {
+    Words<N> r;
+    __builtin_memcpy(r.w, __builtin_assume_aligned(p, kAlign), N);
+    return r;
+}
+#if HQ_ASYNC_COPIES
+HQ_INLINE uint32_t multiprocessors() {
+    uint32_t r;
+    asm("mov.u32 %0, %%nsmid;" : "=r"(r));
+    return r;
+}
+HQ_INLINE uint32_t shared_address(void* p) {
+#if defined(__clang__)
+    return (uint32_t)(uint64_t)(__attribute__((address_space(3))) void*)p;
+#else
+    return (uint32_t)__cvta_generic_to_shared(p);
+#endif
+}
+// N bytes to shared memory: so many of them from global memory, zeros behind. Done when wait_copies() returns; other
+// threads see them behind a barrier. Both addresses are multiples of N.
+template <int N> HQ_INLINE void copy_async(void* to, const void* from, int bytes) {
+    const uint32_t at = shared_address(to);
+    if constexpr (N == 4)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+    else asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+}
+HQ_INLINE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#endif
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 // c[4] + a (16 rows x 16) * b (16 x 8 columns) of int8. Lane l has rows l / 4 (a[0]; c[0], c[1]) and l / 4 + 8 (a[1];
 // c[2], c[3]), k from 4 (l % 4) of a and b, column l / 4 of b and columns 2 (l % 4), + 1 of c.
@@ -377,6 +416,25 @@ HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2]) {
 #endif
 #else
 #error "compile for AMD (clang -x hip, hipcc --genco), for NVIDIA (clang -x cuda, nvcc -x cu) or with -DHQ_SIMULATE"
+#endif
+
+#if HQ_ASYNC_COPIES
+HQ_INLINE int signed_byte(uint32_t v, int i) { return (int)permute(v, 0, 0x8880 + 0x1111 * (uint32_t)i); }
+
+// A block in shared memory that lies at a multiple of 2: `odd` (0 or 2) behind `p`, which is a multiple of 4.
+struct SharedBlock {
+    const uint8_t* p;
+    uint32_t odd;
+    // N bytes from a multiple of 4 on, which the block does not end with.
+    template <int N> HQ_MEMBER Words<N> field(uint32_t at) const {
+        const Words<N + 4> v = load_shared<N + 4, 4>(p + at);
+        Words<N> r;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) r.w[i] = permute(v.w[i], v.w[i + 1], odd ? 0x5432 : 0x3210);
+        return r;
+    }
+    HQ_MEMBER uint32_t half(uint32_t at) const { return *(const uint16_t*)(p + odd + at); }
+};
 #endif
 
 template <class To, class From> HQ_INLINE To bits(From v) {

@@ -100,6 +100,10 @@ HQ_INLINE void mul_mat_vec(const void* x, const void* y, float* dst, int ncols, 
     dst[(uint64_t)(j / kRows) * nrows_dst + row] = sum * (1.0f / Q::kFactor);
 }
 
+#if HQ_ASYNC_COPIES
+#include "mat_vec_staged.h"
+#endif
+
 // Blocks that shall be resident on an NVIDIA multiprocessor: at batch 1 the latency of memory is hidden by other blocks
 // alone (H200, 2026-11-22).
 template <class Q> constexpr int resident(int columns) {

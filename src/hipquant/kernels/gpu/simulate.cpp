@@ -77,7 +77,7 @@ constexpr int kReturn = 11, kFrame = 20;
 #endif
 extern "C" void hq_switch(void** save, void* to);
 
-constexpr int kMaxThreads = 1024, kMaxParams = 8, kTeam = 32;
+constexpr int kMaxThreads = 1024, kMaxParams = 8, kTeam = 32, kMaxCopies = 32;
 constexpr unsigned long kStack = 256 << 10;
 
 enum State { kReady, kBarrier, kTogether, kEnded };
@@ -89,6 +89,12 @@ struct Site {
     bool operator==(const Site& o) const { return address == o.address; }
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+    int size, bytes;
+};
+
 struct Fiber {
     void* stack;
     void* top;
@@ -98,6 +104,8 @@ struct Fiber {
     int value, mask;
     int* c;
     const uint32_t *a, *b;
+    Copy copies[kMaxCopies];  // under way
+    int ncopies;
 };
 
 struct Array {
@@ -190,7 +198,7 @@ __attribute__((no_sanitize("address"))) static void start(Fiber& f) {
     void** frame = (void**)((uint64_t)f.stack + kStack) - kFrame;
     for (int i = 0; i < kFrame; i++) frame[i] = nullptr;
     frame[kReturn] = (void*)fiber_main;
-    f.top = frame, f.state = kReady, f.fake_stack = nullptr;
+    f.top = frame, f.state = kReady, f.fake_stack = nullptr, f.ncopies = 0;
 }
 
 static void resume(int thread) {
@@ -266,6 +274,25 @@ void hq_mma(int* c, const uint32_t* a, const uint32_t* b, int k, const char* fil
     f.c = c, f.a = a, f.b = b;
     if (gather(kTogether, first, first + kTeam, site, "lanes of a team meet at different matrix products"))
         multiply(fibers + first, k);
+}
+
+// Copies may be done at once or when they are waited for: on waves of 64 they are done early, on waves of 32 late.
+static void carry_out(const Copy& c) {
+    memcpy(c.to, c.from, (uint64_t)c.bytes);
+    for (int i = c.bytes; i < c.size; i++) ((uint8_t*)c.to)[i] = 0;
+}
+void hq_copy_async(void* to, const void* from, int size, int bytes) {
+    const Copy copy{to, from, size, bytes};
+    if (bytes < 0 || bytes > size) hq_fault("a copy of %d of %d bytes", bytes, size);
+    if (hq_now.wave == 64) return carry_out(copy);
+    Fiber& f = fibers[launch.now];
+    if (f.ncopies == kMaxCopies) hq_fault("more than %d copies under way", kMaxCopies);
+    f.copies[f.ncopies++] = copy;
+}
+void hq_wait_copies() {
+    Fiber& f = fibers[launch.now];
+    for (int i = 0; i < f.ncopies; i++) carry_out(f.copies[i]);
+    f.ncopies = 0;
 }
 
 // Shared memory holds what earlier blocks left there, so to speak: NaN as float and as half.

@@ -10,8 +10,10 @@
 #define HQ_SHARED static __attribute__((section(".hq_shared")))  // filled with NaN between blocks
 #if HQ_MATRIX_UNITS
 constexpr bool kMatrixUnits = true;
+#define HQ_ASYNC_COPIES 1
 #else
 constexpr bool kMatrixUnits = false;
+#define HQ_ASYNC_COPIES 0
 #endif
 
 // Whether lanes came together at one place is told by where they were called from: calls are not moved, copied, merged.
@@ -28,6 +30,8 @@ extern hq_thread hq_now;  // the thread that runs
 void hq_barrier(const char* file, int line) HQ_TOGETHER;
 int hq_shuffle_xor(int v, int mask, int lanes, const char* file, int line) HQ_TOGETHER;
 void hq_mma(int* c, const uint32_t* a, const uint32_t* b, int k, const char* file, int line) HQ_TOGETHER;
+void hq_copy_async(void* to, const void* from, int size, int bytes);
+void hq_wait_copies();
 void hq_fault(const char* format, ...) __attribute__((noreturn, cold, format(printf, 1, 2)));
 float hq_half_to_float(uint32_t bits);
 uint16_t hq_float_to_half(float v);
@@ -52,6 +56,18 @@ HQ_INLINE float wave_shuffle_xor(float v, int mask, HQ_SITE) {
 HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
     for (int i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
     return c;
+}
+HQ_INLINE int dot4_unsigned(uint32_t a, uint32_t b, int c) {
+    for (int i = 0; i < 32; i += 8) c += (uint8_t)(a >> i) * (int8_t)(b >> i);
+    return c;
+}
+HQ_INLINE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++) {
+        const uint32_t n = selector >> 4 * i & 15, byte = (n & 4 ? b : a) >> 8 * (n & 3) & 0xFF;
+        r |= (n & 8 ? (byte & 0x80 ? 0xFF : 0) : byte) << 8 * i;
+    }
+    return r;
 }
 HQ_INLINE uint32_t mul24(uint32_t a, uint32_t b) {
     if ((a | b) >> 24) hq_fault("mul24(%u, %u): more than 24 bits", a, b);
@@ -100,6 +116,13 @@ HQ_INLINE uint32_t load4(const void* p) { return load_vectors<4, 2>(p).w[0]; }
 template <int kAlign, int N> HQ_INLINE void store(void* p, const Words<N>& v) {
     __builtin_memcpy((void*)aligned_to(kAlign, p, "a store"), v.w, N);
 }
+
+template <int N, int kAlign> HQ_INLINE Words<N> load_shared(const void* p) { return load_vectors<N, kAlign>(p); }
+template <int N> HQ_INLINE void copy_async(void* to, const void* from, int bytes) {
+    hq_copy_async((void*)aligned_to(N, to, "a copy"), aligned_to(N, from, "a copy"), N, bytes);
+}
+HQ_INLINE void wait_copies() { hq_wait_copies(); }
+HQ_INLINE uint32_t multiprocessors() { return 2; }
 
 HQ_INLINE void mma_k16(int c[4], const uint32_t a[2], uint32_t b, HQ_SITE) { hq_mma(c, a, &b, 16, file, line); }
 HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2], HQ_SITE) { hq_mma(c, a, b, 32, file, line); }
