@@ -67,10 +67,11 @@ def test_products_by_matrix_units(kernel: Kernel, wave: int, simulators: Callabl
 
 @needs_gcc
 @waves
-def test_products_by_way_of_shared_memory(wave: int, simulators: Callable[..., Simulator]) -> None:
+@pytest.mark.parametrize("kind", ["q3_K", "q6_K"])
+def test_products_by_way_of_shared_memory(kind: str, wave: int, simulators: Callable[..., Simulator]) -> None:
     """Copies in the background: early and late, rows shared and not, all blocks at once and some of them idle."""
     simulator = simulators(wave, sources=(gpu.SOURCES / "mat_vec.hip",), matrix_units=True)
-    small = [c for c in cases(wiring.kernel("mul_mat_vec_q3_K_q8_1_hip1"), thorough=True) if c.grid[0] < 300]
+    small = [c for c in cases(wiring.kernel(f"mul_mat_vec_{kind}_q8_1_hip1"), thorough=True) if c.grid[0] < 300]
     assert {c.grid[0] for c in small} >= {1, 5, 7, 131, 257}
     for case in small:
         assert complaints(case, simulator) == []

@@ -1,7 +1,7 @@
-// `mul_mat_vec_*` of one column by way of shared memory, for Q3_K, whose blocks lie at any multiple of 2: the words and
+// `mul_mat_vec_*` of one column by way of shared memory, for super-blocks that lie at any multiple of 2: the words and
 // half-words that lanes load here and there keep the first-level cache busy for longer than their bytes the memory, and
-// unpacking them the processor (32000 x 4096 on an H200, 2026-11-22: 36 us; this way 24 us). Rows are copied in the
-// background as they lie, in pieces of 16 bytes; activations so that a lane reads 16 bytes at once.
+// unpacking them the processor (32000 x 4096 on an H200, 2026-11-22: Q3_K 36 us, this way 24 us; Q6_K 36 and 34 us).
+// Rows are copied in the background as they lie, in pieces of 16 bytes; activations so that a lane reads 16 at once.
 //
 // Half a team takes a row, 8 blocks of it at a time, 2 lanes to a block: half_dot(). While these are multiplied, the
 // next are on their way. mat_vec.hip includes this where device.h has copies in the background.
@@ -69,11 +69,11 @@ struct Activations {
 
 // kFactor times lane g's half of a block, times its activations: bytes 16g to 16g + 15 of hmask and of both halves of
 // qs. The low two bits of the weights and the third, flipped, are multiplied where they lie in their bytes, as
-// q - 4 = low - 4 flipped, and the sums give the powers of 2 back. Strip s of half h is sub-block 8h + 2s + g.
+// q - 4 = low - 4 flipped, and the sums give the powers of 2 back. Quarter s of half h is sub-block 8h + 2s + g.
 HQ_INLINE float half_dot(const Q3_K*, SharedBlock block, uint32_t g, const Activations& y) {
     const Words<16> third = block.field<16>(16 * g);
     const Words<12> scales = block.field<12>(96);
-    // The strips' scales are the bytes of one word: low nibbles of bytes g, 2 + g, 4 + g, 6 + g in each half; above
+    // The quarters' scales are the bytes of one word: low nibbles of bytes g, 2 + g, 4 + g, 6 + g in each half; above
     // them fields 2h, 2h, 2h + 1, 2h + 1 of two bits of bytes 8 + g, 10 + g, 8 + g, 10 + g, flipped to subtract 32.
     const uint32_t nibbles = permute(scales.w[0], scales.w[1], g ? 0x7531 : 0x6420);
     const uint32_t fields = permute(scales.w[2] ^ 0xAAAAAAAA, 0, g ? 0x3131 : 0x2020);
@@ -102,6 +102,36 @@ HQ_INLINE float half_dot(const Q3_K*, SharedBlock block, uint32_t g, const Activ
     const float all = __builtin_fmaf(sum[1], 1.0f / 4, sum[0]) +
         __builtin_fmaf(sum[2], 1.0f / 8, __builtin_fmaf(sum[3], 1.0f / 16, sum[4] * (1.0f / 64)));
     return half_to_float(block.half(108)) * all * (Q3_K::kFactor / 4);
+}
+
+// The same of Q6_K: bytes 16g to 16g + 15 of each 32 of ql and qh. Weights are low + 16 high - 32, from nibbles and from
+// fields of two bits where they lie. Quarter s of half h is sub-block 8h + 2s + g.
+HQ_INLINE float half_dot(const Q6_K*, SharedBlock block, uint32_t g, const Activations& y) {
+    const Words<16> scales = block.field<16>(192);
+    const uint32_t odd = g ? 0x7531 : 0x6420;
+    float sum[2] = {};  // of 1 and 16 times what is wanted
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const Words<16> high = block.field<16>(128 + 32 * h + 16 * g), ds = y.ds(h);
+        const uint32_t scale = permute(scales.w[2 * h], scales.w[2 * h + 1], odd);
+        Words<16> low[2];
+#pragma unroll
+        for (int p = 0; p < 2; p++) low[p] = block.field<16>(64 * h + 32 * p + 16 * g);
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+            const Words<16> q = y.quants(4 * h + s);
+            int lows = 0, highs = 0, ones = 0;  // 16^(s / 2) times, 4^s times and 1 times their sums
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                lows = dot4_unsigned(low[s % 2].w[i] & 0x0F0F0F0Fu << 4 * (s / 2), q.w[i], lows);
+                highs = dot4_unsigned(high.w[i] & 0x03030303u << 2 * s, q.w[i], highs);
+                ones = dot4(0x01010101, q.w[i], ones);
+            }
+            const int product = lows + (s % 2 ? 4 : 16) * highs - (s < 2 ? 32 : 512) * ones;
+            sum[s / 2] = __builtin_fmaf((float)(product * signed_byte(scale, s)), half_to_float(ds.w[s]), sum[s / 2]);
+        }
+    }
+    return half_to_float(block.half(208)) * __builtin_fmaf(sum[1], 1.0f / 16, sum[0]) * Q6_K::kFactor;
 }
 
 template <class Q>
@@ -160,6 +190,11 @@ HQ_INLINE void mul_mat_vec_staged(const void* x, const void* y, float* dst, uint
     barrier();
     if (t < block_rows && group * block_rows + t < nrows)
         dst[group * block_rows + t] = partial[t / 2 * 4 + t % 2] + partial[t / 2 * 4 + 2 + t % 2];
+}
+
+template <>
+inline HQ_MEMBER void mul_mat_vec<Q6_K, 1>(const void* x, const void* y, float* dst, int ncols, int nrows, int, int) {
+    mul_mat_vec_staged<Q6_K>(x, y, dst, (uint32_t)ncols, (uint32_t)nrows);
 }
 
 template <>
