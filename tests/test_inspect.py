@@ -27,7 +27,7 @@ from hipquant.toolchain import disassemble, nvidia, zig
 from hipquant.toolchain import inspect as module
 from hipquant.toolchain.facts import amd_instruction
 from hipquant.toolchain.inspect import Inspection, KernelInfo, inspect, inspect_installed
-from hipquant.wiring import COMPATIBILITY, TABLE
+from hipquant.wiring import COMPATIBILITY, CPU_KERNELS
 
 SHT_NOBITS = 8
 NAMES = {k.name for k in COMPATIBILITY}
@@ -226,7 +226,7 @@ def test_cpu_object() -> None:
     path = next(p for p in QUANTIZED.files() if p.name.startswith("cpu-"))
     found = inspect(path.read_bytes(), path.name)
     assert (found.kind, list(found.targets)) == ("CPU code object", [path.stem.removeprefix("cpu-")])
-    assert {k.name for k in found.targets[path.stem.removeprefix("cpu-")]} == {k.name for k in TABLE}
+    assert {k.name for k in found.targets[path.stem.removeprefix("cpu-")]} == {k.name for k in CPU_KERNELS}
     assert set(inspect(path.read_bytes()).targets) <= {"x86_64", "aarch64"}
 
 

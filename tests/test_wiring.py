@@ -97,7 +97,7 @@ def test_quant_type_by_name_and_id() -> None:
         quants.BY_NAME["Q6_K"].row_bytes(300)
 
 
-@pytest.mark.parametrize("kernel", wiring.TABLE, ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", wiring.CPU_KERNELS, ids=lambda k: k.name)
 def test_the_code_object_exports_every_name(kernel: wiring.Kernel, cpu: hq.driver.Device) -> None:
     function = cpu.get_or_load_func(kernel.name, QUANTIZED)
     assert function.address
@@ -111,7 +111,7 @@ def test_every_target_exports_the_same_names() -> None:
         if path.name.startswith("cpu-"):
             listed = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True)
             names = set(re.findall(r" T (\w+)", listed.stdout))
-            assert names == {k.name for k in wiring.TABLE} | {"hq_probe"}, path.name
+            assert names == {k.name for k in wiring.CPU_KERNELS} | {"hq_probe"}, path.name
 
 
 def test_a_missing_kernel_names_the_nearest(cpu: hq.driver.Device) -> None:

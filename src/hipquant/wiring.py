@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Literal
 
 from .errors import KernelNotFoundError
 from .quants import (
@@ -27,6 +28,7 @@ from .quants import (
 )
 
 Dim3 = tuple[int, int, int]
+Silicon = Literal["any", "cpu", "gpu"]  # whose code objects have a kernel
 PROFILES = ("hip", "cuda")
 MAX_BATCH = 8  # columns that one mul_mat_vec kernel takes
 MAX_GRID_Y = 65535
@@ -74,6 +76,7 @@ class Kernel:
     type: QuantType | None = None
     output: str = "f32"
     batch: int = 0
+    silicon: Silicon = "any"
 
     @property
     def signature(self) -> str:
@@ -187,8 +190,8 @@ def _get_rows() -> Iterator[Kernel]:
         )
 
 
-def _engine() -> Iterator[Kernel]:
-    """The engine's own families: weights packed 16 rows together, and what a transformer needs beside products.
+def _cpu_engine() -> Iterator[Kernel]:
+    """The CPU engine's families: weights packed 16 rows together, and what a transformer needs beside products.
 
     Activations of the packed family are *q8 tiles* (`kernels/cpu/tile.h`): 16 columns at a time, 32 values of each.
     """
@@ -201,6 +204,7 @@ def _engine() -> Iterator[Kernel]:
             one,
             lambda nrows: (_ceil(nrows, PACK_ROWS), 1, 1),
             t,
+            silicon="cpu",
         )
         yield Kernel(
             f"mul_mat_packed_{t.suffix}",
@@ -209,6 +213,7 @@ def _engine() -> Iterator[Kernel]:
             one,
             lambda nrows: (_ceil(nrows, PACK_ROWS), 1, 1),
             t,
+            silicon="cpu",
         )
     for t in FLOAT_TYPES:
         yield Kernel(
@@ -218,10 +223,11 @@ def _engine() -> Iterator[Kernel]:
             one,
             lambda nrows: (_ceil(nrows, PACK_ROWS), 1, 1),
             t,
+            silicon="cpu",
         )
 
     def kernel(name: str, family: str, args: str, grid: Callable[..., Dim3]) -> Kernel:
-        return Kernel(name, family, _args(args), one, grid)
+        return Kernel(name, family, _args(args), one, grid, silicon="cpu")
 
     yield kernel(
         "quantize_q8_tiles",
@@ -269,6 +275,67 @@ def _engine() -> Iterator[Kernel]:
     )
 
 
+def _gpu_engine() -> Iterator[Kernel]:
+    """The GPU engine's families, in code objects of their own. `q` is a column of q8_1, padded to `n_padded` values.
+
+    A row of `qkv` holds n_head queries, then n_head_kv keys, then as many values, of head_dim floats each. The KV cache
+    is halves [slot][head][n_context][head_dim]. Attention is *split* over the positions of a sequence: a part of
+    `partial` [token][head][split] holds the sum of values, weighted, its greatest score, and the sum of weights.
+    """
+
+    def kernel(name: str, args: str, block: Dim3, grid: Callable[..., Dim3], type: QuantType | None = None) -> Kernel:
+        family = name if type is None else name.removesuffix(f"_{type.suffix}")
+        return Kernel(name, family, _args(args), block, grid, type, silicon="gpu")
+
+    yield kernel(
+        "add_rms_norm_q8_1",
+        "float* x, const float* residual, const float* weight, float* y, void* q, int n, int n_padded, float eps",
+        (256, 1, 1),
+        lambda rows: (rows, 1, 1),
+    )
+    yield kernel(
+        "rope_store_kv_f16",
+        "float* qkv, uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position, const int* slot,"
+        " int n_head, int n_head_kv, int head_dim, int n_rot, int n_context",
+        (64, 1, 1),
+        lambda n_head, n_head_kv, ntokens: (n_head + 2 * n_head_kv, ntokens, 1),
+    )
+    yield kernel(
+        "attention_split_f16",
+        "const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial, const int* position,"
+        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int splits, float scale",
+        (128, 1, 1),
+        lambda n_head_kv, splits, ntokens: (n_head_kv * splits, ntokens, 1),
+    )
+    yield kernel(
+        "attention_combine_q8_1",
+        "const float* partial, float* y, void* q, int n_head, int head_dim, int splits, int n_padded",
+        (256, 1, 1),
+        lambda n_padded, ntokens: (_ceil(n_padded, 256), ntokens, 1),
+    )
+    yield kernel(
+        "silu_mul_q8_1",
+        "const float* gate_up, float* y, void* q, int n, int n_padded",
+        (256, 1, 1),
+        lambda n_padded, rows: (_ceil(n_padded, 256), rows, 1),
+    )
+    yield kernel(
+        "add_bias_rows_f32",
+        "float* x, const float* bias, int n, int stride",
+        (256, 1, 1),
+        lambda n, rows: (_ceil(n, 256), rows, 1),
+    )
+    yield kernel("argmax_f32", "const float* x, int* ids, int n", (256, 1, 1), lambda rows: (rows, 1, 1))
+    for t in FLOAT_TYPES:
+        yield kernel(
+            f"mul_mat_vec_float_{t.suffix}",
+            "const void* x, const float* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int nrows_dst",
+            (32, 4, 1),
+            lambda nrows, ncols: (_ceil(nrows, 4), _ceil(ncols, 4), 1),
+            t,
+        )
+
+
 COMPATIBILITY: tuple[Kernel, ...] = (
     *_quantize(),
     *_dequantize(),
@@ -276,7 +343,9 @@ COMPATIBILITY: tuple[Kernel, ...] = (
     *_mul_mat_vec(),
     *_mul_mat(),
 )
-TABLE: tuple[Kernel, ...] = (*COMPATIBILITY, *_get_rows(), *_engine())
+TABLE: tuple[Kernel, ...] = (*COMPATIBILITY, *_get_rows(), *_cpu_engine(), *_gpu_engine())
+CPU_KERNELS = tuple(k for k in TABLE if k.silicon != "gpu")
+GPU_ENGINE = tuple(k for k in TABLE if k.silicon == "gpu")
 KERNELS: dict[str, Kernel] = {k.name: k for k in TABLE}
 _BY_FAMILY = {(k.family, k.type, k.output, k.batch): k for k in TABLE}
 
