@@ -20,7 +20,8 @@ import hipquant as hq
 from common import ceiling, header, keep, seconds
 from hipquant import ops, wiring
 from hipquant.driver import Buffer
-from hipquant.models.layers import Activations, Kernels
+from hipquant.models.cpu import Activations
+from hipquant.models.layers import Kernels
 from hipquant.quants import WEIGHT_TYPES, QuantType, padded, quant_type
 
 ROTATE = 1 << 30  # bytes that the copies of a matrix fill

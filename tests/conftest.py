@@ -30,10 +30,10 @@ def _build(words: list[str]) -> None:
 
     targets = select(words)
     try:
-        stale = [o.filename for o in plan(targets) if not up_to_date(o, OUTPUT)]
+        stale = [o.filename for o in plan(targets, engine=True) if not up_to_date(o, OUTPUT)]
         if stale:
             print(f"building {len(stale)} code objects; all of them take minutes", file=sys.stderr)
-            build(targets)
+            build(targets, engine=True)
     except CompileError as error:
         pytest.exit(str(error), returncode=1)
 

@@ -1,11 +1,13 @@
 // A driver library without a GPU, for tests/gpu_devices.py: the symbols of either column of driver/gpu_symbols.py
 // over host memory. Work is done at once, in order; a captured stream records it. Whatever a real driver would not
-// forgive is an error here: a call without the right context, a stale handle, a free of something else.
+// forgive is an error here: a call without the right context, a stale handle, a free of something else. Kernels are
+// run by whoever sets fake_run: tests/simulated_gpu.py simulates them.
 // Compiled with -DHIP (and -DR0600 for the properties of ROCm 6) or -DCUDA, freestanding.
 
 typedef unsigned long size_t;
 typedef unsigned int uint;
-void *malloc(size_t), *memcpy(void *, const void *, size_t), *memset(void *, int, size_t), *strcpy(char *, const char *);
+void *aligned_alloc(size_t, size_t), *realloc(void *, size_t);
+void *memcpy(void *, const void *, size_t), *memset(void *, int, size_t), *strcpy(char *, const char *);
 char *strstr(const char *, const char *);
 void free(void *);
 int strcmp(const char *, const char *), strncmp(const char *, const char *, size_t);
@@ -19,7 +21,6 @@ size_t strlen(const char *);
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 #define DEVICES 2
-#define MAX_NODES 64
 #define MAX_PARAMS 16
 #define MAX_KERNELS 256
 
@@ -32,11 +33,14 @@ enum { MEMORY = 1, PINNED, STREAM, EVENT, MODULE, GRAPH, INSTANCE, KINDS };
 int fake_devices = DEVICES, fake_init_code, fake_fail_nth = -1, fake_fail_code;
 char fake_fail_symbol[64], fake_failed[64], fake_last_image[64];
 int fake_calls, fake_live[KINDS], fake_clock, fake_launches, fake_wrong_context;
+int fake_wave = 32;     // of the first HIP device: with 64 it is a gfx90a, too
+int fake_fill = 0xCD;   // what new memory holds
+int fake_overruns;      // things whose end was written over, as found out when they are given back
 size_t fake_used, fake_total = 64 << 20;
 uint fake_geometry[7];
 void *fake_last_stream;
 int (*fake_count)(const char *name);                                        // parameters of a kernel
-void (*fake_run)(const char *name, const uint *geometry, void **params);    // runs it
+int (*fake_run)(const char *name, const uint *geometry, void **params);     // runs it; an error code
 
 static int enter(const char *symbol) {
     int nth = __atomic_fetch_add(&fake_calls, 1, __ATOMIC_SEQ_CST);
@@ -94,9 +98,10 @@ FUNCTION(hipGetDevicePropertiesR0600, none, char *p, int d)
 FUNCTION(hipGetDeviceProperties, none, char *p, int d)
     memset(p, 0xAA, 792);
 #endif
-    *(int *)(p + WARP) = d ? 64 : 32;
-    *(int *)(p + UNITS) = d ? 104 : 48;
-    strcpy(p + ARCH, d ? "gfx90a:sramecc+:xnack-" : "gfx1100");
+    const int wide = d || fake_wave == 64;
+    *(int *)(p + WARP) = wide ? 64 : 32;
+    *(int *)(p + UNITS) = wide ? 104 : 48;
+    strcpy(p + ARCH, wide ? "gfx90a:sramecc+:xnack-" : "gfx1100");
     return device_of(d); END
 const char *hipGetErrorName(int code) {
     switch (code) {
@@ -128,28 +133,50 @@ int cuGetErrorName(int code, const char **name) {
 }
 #endif
 
-// --- things: a header of 64 bytes tells what a handle is ---
+// --- things: a header tells what a handle is, and a tail whether somebody wrote beyond the end ---
 
 typedef struct { long magic, kind, device; size_t nbytes; } Thing;
 #define MAGIC 0x600DF00D
+#define HEADER 256  // as drivers align memory
+#define TAIL 256
+#define TAIL_BYTE 0xA5
 static void *thing(int kind, size_t nbytes) {
-    Thing *t = malloc(64 + nbytes);
-    *t = (Thing){MAGIC, kind, current - 1, nbytes};
+    char *raw = aligned_alloc(HEADER, (HEADER + nbytes + TAIL + HEADER - 1) / HEADER * HEADER);
+    if (!raw) return 0;
+    *(Thing *)(raw + HEADER - sizeof(Thing)) = (Thing){MAGIC, kind, current - 1, nbytes};
+    memset(raw + HEADER + nbytes, TAIL_BYTE, TAIL);
     __atomic_fetch_add(&fake_live[kind], 1, __ATOMIC_SEQ_CST);
-    return (char *)t + 64;
+    return raw + HEADER;
 }
-static Thing *header(void *p) { return (Thing *)((char *)p - 64); }
+static Thing *header(void *p) { return (Thing *)p - 1; }
+static int overrun(void *p) {
+    const unsigned char *tail = (unsigned char *)p + header(p)->nbytes;
+    for (int i = 0; i < TAIL; i++) if (tail[i] != TAIL_BYTE) return 1;
+    return 0;
+}
 static int check(void *p, int kind) {
     if (!p || header(p)->magic != MAGIC || header(p)->kind != kind) return INVALID_HANDLE;
     return need(header(p)->device);
 }
+typedef struct {
+    int kind;  // 1 a copy, 2 a fill, 3 a launch
+    char name[64];
+    uint geometry[7];
+    size_t params[MAX_PARAMS];
+    void *to;
+    const void *from;
+    size_t n;
+} Node;
+typedef struct { int count, capacity; Node *nodes; } Nodes;
 static int end(void *p, int kind) {
     int code = check(p, kind);
     if (code) return code;
     __atomic_fetch_sub(&fake_live[kind], 1, __ATOMIC_SEQ_CST);
     if (kind == MEMORY) __atomic_fetch_sub(&fake_used, header(p)->nbytes, __ATOMIC_SEQ_CST);
+    if (overrun(p)) __atomic_fetch_add(&fake_overruns, 1, __ATOMIC_SEQ_CST);
+    if (kind == GRAPH || kind == INSTANCE) free(((Nodes *)p)->nodes);
     header(p)->magic = 0;
-    free(header(p));
+    free((char *)p - HEADER);
     return 0;
 }
 
@@ -157,8 +184,8 @@ FUNCTION(hipMalloc, cuMemAlloc_v2, void **p, size_t n)
     NEED_ANY
     if (!n) return INVALID_VALUE;
     if (fake_used + n > fake_total || n > (1ul << 40)) return OUT_OF_MEMORY;
-    *p = thing(MEMORY, n);
-    memset(*p, 0xCD, n);
+    if (!(*p = thing(MEMORY, n))) return OUT_OF_MEMORY;
+    memset(*p, fake_fill, n);
     __atomic_fetch_add(&fake_used, n, __ATOMIC_SEQ_CST);
     return 0; END
 FUNCTION(hipFree, cuMemFree_v2, void *p) return end(p, MEMORY); END
@@ -171,29 +198,43 @@ FUNCTION(hipHostFree, cuMemFreeHost, void *p) return end(p, PINNED); END
 
 // --- streams and graphs ---
 
-typedef struct { int kind; char name[64]; uint geometry[7]; size_t params[MAX_PARAMS]; void *to; const void *from; size_t n; } Node;
-typedef struct { int count; Node nodes[MAX_NODES]; } Nodes;
 typedef struct { Nodes *capturing; } Stream;
 typedef struct { char name[64]; } Kernel;
 
-static void run(Node *node) {
+static int run(Node *node) {
     __atomic_fetch_add(&fake_clock, 1, __ATOMIC_SEQ_CST);
     if (node->kind == 1) memcpy(node->to, node->from, node->n);
     if (node->kind == 2) memset(node->to, node->geometry[0], node->n);
     if (node->kind == 3) {
         void *params[MAX_PARAMS];
         for (int i = 0; i < MAX_PARAMS; i++) params[i] = &node->params[i];
-        if (fake_run) fake_run(node->name, node->geometry, params);
         __atomic_fetch_add(&fake_launches, 1, __ATOMIC_SEQ_CST);
+        if (fake_run) return fake_run(node->name, node->geometry, params);
     }
+    return 0;
+}
+static void add(Nodes *to, const Node *node) {
+    if (to->count == to->capacity) {
+        to->capacity = 2 * to->capacity + 64;
+        to->nodes = realloc(to->nodes, to->capacity * sizeof(Node));
+    }
+    to->nodes[to->count++] = *node;
+}
+static void set(Nodes *to, const Nodes *from) {
+    to->count = 0;
+    for (int i = 0; i < from->count; i++) add(to, &from->nodes[i]);
+}
+static Nodes *nodes(int kind) {
+    Nodes *made = thing(kind, sizeof(Nodes));
+    *made = (Nodes){0};
+    return made;
 }
 static int give(void *stream, Node *node) {  // the NULL stream belongs to whatever device is current
     Stream *s = stream;
     int code = stream ? check(stream, STREAM) : 0;
     if (code) return code;
-    if (!s || !s->capturing) return run(node), 0;
-    if (s->capturing->count == MAX_NODES) return INVALID_VALUE;
-    s->capturing->nodes[s->capturing->count++] = *node;
+    if (!s || !s->capturing) return run(node);
+    add(s->capturing, node);
     return 0;
 }
 
@@ -237,38 +278,41 @@ FUNCTION(hipEventElapsedTime, cuEventElapsedTime, float *ms, void *from, void *t
 
 FUNCTION(hipStreamBeginCapture, cuStreamBeginCapture_v2, void *s, int mode)
     if (check(s, STREAM) || ((Stream *)s)->capturing || mode != 2) return INVALID_VALUE;
-    ((Stream *)s)->capturing = thing(GRAPH, sizeof(Nodes));
-    ((Stream *)s)->capturing->count = 0;
+    ((Stream *)s)->capturing = nodes(GRAPH);
     return 0; END
 FUNCTION(hipStreamEndCapture, cuStreamEndCapture, void *s, void **graph)
     if (check(s, STREAM) || !((Stream *)s)->capturing) return INVALID_VALUE;
     *graph = ((Stream *)s)->capturing;
     ((Stream *)s)->capturing = 0;
     return 0; END
-FUNCTION(hipGraphGetNodes, cuGraphGetNodes, void *graph, void *nodes, size_t *n)
-    if (check(graph, GRAPH) || nodes) return INVALID_VALUE;
+FUNCTION(hipGraphGetNodes, cuGraphGetNodes, void *graph, void *which, size_t *n)
+    if (check(graph, GRAPH) || which) return INVALID_VALUE;
     *n = ((Nodes *)graph)->count;
     return 0; END
 FUNCTION(hipGraphInstantiateWithFlags, cuGraphInstantiateWithFlags, void **e, void *graph, unsigned long long flags)
     if (check(graph, GRAPH) || flags) return INVALID_VALUE;
-    *e = thing(INSTANCE, sizeof(Nodes));
-    memcpy(*e, graph, sizeof(Nodes));
+    set(*e = nodes(INSTANCE), graph);
     return 0; END
 FUNCTION(hipGraphExecUpdate, cuGraphExecUpdate, void *e, void *graph, void **node, int *result)
     if (check(e, INSTANCE) || check(graph, GRAPH)) return INVALID_VALUE;
     *node = 0; *result = 0;
     Nodes *a = e, *b = graph;
     if (a->count != b->count) { *result = 2; return UPDATE_FAILURE; }
-    memcpy(e, graph, sizeof(Nodes));
+    set(e, graph);
     return 0; END
 FUNCTION(hipGraphLaunch, cuGraphLaunch, void *e, void *s)
     if (check(e, INSTANCE) || (s && check(s, STREAM))) return INVALID_HANDLE;
-    for (int i = 0; i < ((Nodes *)e)->count; i++) run(&((Nodes *)e)->nodes[i]);
+    for (int i = 0; i < ((Nodes *)e)->count; i++) {
+        int failed = run(&((Nodes *)e)->nodes[i]);
+        if (failed) return failed;
+    }
     return 0; END
 FUNCTION(hipGraphDestroy, cuGraphDestroy, void *graph) return end(graph, GRAPH); END
 FUNCTION(hipGraphExecDestroy, cuGraphExecDestroy, void *e) return end(e, INSTANCE); END
 
-// --- modules and launches ---
+// --- modules and launches: behind the word "kernels:" in an image stand, between blanks, the only ones that it has ---
+
+typedef struct { long count; char *listed; Kernel kernels[MAX_KERNELS]; } Module;
 
 FUNCTION(hipModuleLoadDataEx, cuModuleLoadDataEx, void **m, const char *image, uint n, int *options, void **values)
     NEED_ANY
@@ -280,14 +324,23 @@ FUNCTION(hipModuleLoadDataEx, cuModuleLoadDataEx, void **m, const char *image, u
         }
     } else if (strncmp(image, "\x7f" "ELF", 4)) return INVALID_IMAGE;
     memcpy(fake_last_image, image, 64);
-    *m = thing(MODULE, MAX_KERNELS * sizeof(Kernel) + 8);
-    *(long *)*m = 0;
+    const char *listed = strstr(strncmp(image, "\x7f" "ELF", 4) ? image : image + 64, "kernels:");
+    Module *made = *m = thing(MODULE, sizeof(Module) + (listed ? strlen(listed) + 1 : 0));
+    made->count = 0;
+    made->listed = listed ? strcpy((char *)(made + 1), listed) : 0;
     return 0; END
 FUNCTION(hipModuleUnload, cuModuleUnload, void *m) return end(m, MODULE); END
-FUNCTION(hipModuleGetFunction, cuModuleGetFunction, void **f, void *m, const char *name)
+static int lists(const char *listed, const char *name) {
+    size_t n = strlen(name);
+    while ((listed = strstr(listed, name)))
+        if (listed[-1] == ' ' && listed[n] == ' ') return 1;
+        else listed += n;
+    return 0;
+}
+FUNCTION(hipModuleGetFunction, cuModuleGetFunction, void **f, Module *m, const char *name)
     if (check(m, MODULE)) return INVALID_HANDLE;
-    if (!strncmp(name, "missing", 7) || strlen(name) > 63) return NOT_FOUND;
-    Kernel *kernel = (Kernel *)((long *)m + 1) + (*(long *)m)++ % MAX_KERNELS;
+    if (!strncmp(name, "missing", 7) || strlen(name) > 63 || (m->listed && !lists(m->listed, name))) return NOT_FOUND;
+    Kernel *kernel = &m->kernels[m->count++ % MAX_KERNELS];
     strcpy(kernel->name, name);
     *f = kernel;
     return 0; END

@@ -104,7 +104,7 @@ class Fake:
         self.symbols = {row: getattr(symbol, self.kind) for row, symbol in gpu_symbols.SYMBOLS.items()}
         self.ran: list[tuple[str, tuple[int, ...]]] = []
         self._count = ctypes.CFUNCTYPE(c_int, c_char_p)(lambda name: self.count(name.decode()))
-        run = ctypes.CFUNCTYPE(None, c_char_p, ctypes.POINTER(c_uint), ctypes.POINTER(c_void_p))
+        run = ctypes.CFUNCTYPE(c_int, c_char_p, ctypes.POINTER(c_uint), ctypes.POINTER(c_void_p))
         self._run = run(lambda name, geometry, params: self.run(name.decode(), tuple(geometry[:7]), params))
         c_void_p.in_dll(self.lib, "fake_count").value = ctypes.cast(self._count, c_void_p).value
         c_void_p.in_dll(self.lib, "fake_run").value = ctypes.cast(self._run, c_void_p).value
@@ -114,10 +114,12 @@ class Fake:
     def count(self, name: str) -> int:
         return self.counts[name] if name in self.counts else len(wiring.KERNELS[name].args)
 
-    def run(self, name: str, geometry: tuple[int, ...], params: Any) -> None:
+    def run(self, name: str, geometry: tuple[int, ...], params: Any) -> int:
+        """Runs a launch; the driver's error code."""
         self.ran.append((name, geometry))
         if self.action:
             self.action(name, geometry, params)
+        return 0
 
     def integer(self, name: str) -> c_int:
         return c_int.in_dll(self.lib, name)

@@ -22,7 +22,7 @@ from hipquant import wiring
 from hipquant.codeobjects import QUANTIZED
 from hipquant.driver import Device
 from hipquant.errors import InvalidModelFileError, UnsupportedQuantTypeError
-from hipquant.models.layers import TILE_BYTES
+from hipquant.models.cpu import TILE_BYTES
 from hipquant.quants import FLOAT_TYPES, WEIGHT_TYPES, QuantType, padded
 from models import random_blocks, write_llama
 

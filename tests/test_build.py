@@ -20,6 +20,7 @@ from hipquant import InvalidCodeObjectError, codeobjects, wiring
 from hipquant.cli.app import cli
 from hipquant.codeobjects import QUANTIZED, CodeObjects, bundle
 from hipquant.targets import AMD_TARGETS, CPU_TARGETS, GPU_TARGETS, NVIDIA_TARGETS, GpuTarget, gpu_target, select
+from hipquant.toolchain import compile as compiling
 from hipquant.toolchain import compilers, cpu, gpu, machine, zig
 from hipquant.toolchain.build import build, plan
 from hipquant.toolchain.compile import FACTS, MANIFEST, OUTPUT, PARTS, CompileError
@@ -27,6 +28,7 @@ from hipquant.toolchain.facts import amd_facts, ptx_facts
 from hipquant.toolchain.inspect import inspect
 
 FAMILIES = ("quantize.hip", "get_rows.hip")  # two that compile quickly
+ENGINE_KERNELS = ("ones", "quantize")  # the second as a family of the frameworks' is called
 COMPATIBLE = {"quantize", "dequantize", "dequantize_mul_mat_vec", "mul_mat_vec", "mul_mat", "get_rows"}
 OWN_SOURCE = """
 #define __global__ __attribute__((global))
@@ -78,6 +80,26 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
         return folder
 
     gpu_sources = gpu.SOURCES
+    return use
+
+
+@pytest.fixture
+def small_engine(small, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """The same with an engine of two kernels, one a family; gives the engine's folder."""
+
+    def use(folder: Path) -> Path:
+        engine = small(folder) / "engine"
+        shutil.rmtree(engine, ignore_errors=True)
+        engine.mkdir()
+        (engine / "own.h").write_text("#define ONE 1\n")
+        for name in ENGINE_KERNELS:
+            text = f"HQ_KERNEL(32) {name}(int* x) {{ x[thread_x()] = ONE; }}\n"
+            (engine / f"{name}.hip").write_text(f'#include "device.h"\n#include "own.h"\n{text}')
+        (engine / "engine.hip").write_text("".join(f'#include "{name}.hip"\n' for name in ENGINE_KERNELS))
+        monkeypatch.setattr(gpu, "ENGINE", engine)
+        monkeypatch.setattr(gpu, "ENGINE_UMBRELLA", engine / "engine.hip")
+        return engine
+
     return use
 
 
@@ -144,6 +166,69 @@ def test_only_what_changed_is_compiled(tmp_path: Path, small, compiled: list[str
         file.write("// no GPU's object includes it\n")
     build(targets[:1], out)
     assert compiled == []
+
+
+def test_the_engines_objects_lie_beside(tmp_path: Path, small_engine, compiled: list[str]) -> None:
+    engine, out = small_engine(tmp_path / "gpu"), tmp_path / "out"
+    targets = select(["gfx1030", "gfx1031", "sm_80"])
+    first = {p.name: p.read_bytes() for p in build(targets, out, engine=True)}
+    names = {f"{t.name}{kind}.{'ptx' if t.name == 'sm_80' else 'hsaco'}" for t in targets for kind in ("", ".engine")}
+    assert set(first) == names
+    # gfx1031 is gfx1030's twin here too. quantize.hip is compiled twice: the engine's is another one.
+    quantize = ["quantize.hip for gfx1030"] * 2
+    ptx = ["engine.hip for sm_80", "quantized.hip for sm_80"]
+    assert compiles(compiled) == sorted(["get_rows.hip for gfx1030", "ones.hip for gfx1030", *quantize, *ptx])
+    for target in targets:
+        assert kernels(first[target.engine_filename]) == {target.name: set(ENGINE_KERNELS)}
+        assert "quantize_q8_1" in kernels(first[target.filename])[target.name]
+    table = json.loads((out / FACTS).read_text())
+    assert set(table) == {f"{t.name}{kind}" for t in targets for kind in ("", ".engine")}
+    for target in targets:
+        assert set(table[f"{target.name}.engine"]["kernels"]) == set(ENGINE_KERNELS)
+        assert table[f"{target.name}.engine"]["sha256"] == hashlib.sha256(first[target.engine_filename]).hexdigest()
+    build(targets, out, engine=True)
+    assert compiled == []
+    with (engine / "own.h").open("a") as file:
+        file.write("// a comment\n")
+    assert {p.name: p.read_bytes() for p in build(targets, out, engine=True)} == first
+    assert compiles(compiled) == ["engine.hip for sm_80", "ones.hip for gfx1030", "quantize.hip for gfx1030"]
+    small_engine(tmp_path / "a folder with a longer name" / "gpu")
+    other = build(targets, tmp_path / "other", engine=True)
+    assert {p.name: p.read_bytes() for p in other} == first
+
+
+def test_containers_of_one_folder(tmp_path: Path, small_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_engine(tmp_path / "gpu")
+    targets, folder = select(["gfx1030", "sm_80"]), tmp_path / "installed"
+    build(targets, folder, engine=True)
+    frameworks, engine = CodeObjects(folder), CodeObjects(folder, engine=True)
+    assert [p.name for p in frameworks.files()] == ["gfx1030.hsaco", "sm_80.ptx"]
+    assert [p.name for p in engine.files()] == ["gfx1030.engine.hsaco", "sm_80.engine.ptx"]
+    for container in (frameworks, engine):
+        assert list(container.targets()) == ["gfx1030", "sm_80"]
+        assert list(container.targets().values()) == container.files()
+    # bytes() compiles what is missing, of its own kernels only.
+    monkeypatch.setattr(codeobjects, "AMD_TARGETS", select(["gfx1030", "gfx1031"]))
+    assert kernels(bytes(engine)) == {t: set(ENGINE_KERNELS) for t in ("gfx1030", "gfx1031")}
+    assert (folder / "gfx1031.engine.hsaco").exists()
+    assert not (folder / "gfx1031.hsaco").exists()
+
+
+def test_what_the_command_builds(tmp_path: Path, small_engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installation gets the engine's objects too; a file or a folder of one's own only what frameworks load."""
+    small_engine(tmp_path / "gpu")
+    installed, own = tmp_path / "installed", tmp_path / "own"
+    installed.mkdir()
+    monkeypatch.setattr(compiling, "OUTPUT", installed)
+    result = call("--target", "gfx1100", "sm_80")
+    assert result.exit_code == 0, result.output
+    expected = ["gfx1100.engine.hsaco", "gfx1100.hsaco", "sm_80.engine.ptx", "sm_80.ptx"]
+    assert sorted(p.name for p in installed.iterdir() if p.suffix in (".hsaco", ".ptx")) == expected
+    assert all(name in result.output for name in expected)
+    assert call("--target", "gfx1100", "sm_80", "-o", own).exit_code == 0
+    assert sorted(p.name for p in own.iterdir()) == ["gfx1100.hsaco", "sm_80.ptx"]
+    assert call("--target", "gfx1100", "-o", tmp_path / "x.hsaco").exit_code == 0
+    assert not kernels((tmp_path / "x.hsaco").read_bytes())["gfx1100"] & {"ones"}
 
 
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path: Path, small, compiled: list[str]) -> None:

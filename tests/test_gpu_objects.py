@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import struct
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_devices import ADD, HEADER, Fake, amd_elf, fake_device, fake_driver  # noqa: F401
+from hipquant.cli.app import cli
 from hipquant.codeobjects import QUANTIZED, CodeObjects, bundle
 from hipquant.driver import gpu
+from hipquant.driver import gpu_symbols as symbols
 from hipquant.driver.gpu_module import Module
 from hipquant.driver.gpu_objects import GENERIC, GpuModel, check_whole, choose, image_for, ptx_target, unfit
 from hipquant.errors import DriverError, InvalidCodeObjectError, KernelNotFoundError
@@ -83,6 +87,44 @@ def test_the_embedded_objects(fake: Fake, device: gpu.Device, tmp_path: Path, mo
         InvalidCodeObjectError, match=r"the code object (gfx11-generic\.hsaco|sm_80\.ptx) could not be re"
     ):
         device.get_or_load_func("quantize_q8_1", CodeObjects(tmp_path))
+
+
+def test_the_engines_objects(fake: Fake, device: gpu.Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are chosen among themselves, and are another module than the frameworks' kernels."""
+    frameworks, engine = CodeObjects(tmp_path), CodeObjects(tmp_path, engine=True)
+    monkeypatch.setattr(gpu, "ENGINE", engine)
+    name = device.target.name
+    stem, suffix = (name, "hsaco") if fake.kind == "hip" else ("sm_75", "ptx")
+    (tmp_path / f"{stem}.{suffix}").write_bytes(fake.image())
+    missing = f"no code object for {name}; this installation's engine holds none for a GPU. Build one: hipquant build"
+    assert device.get_or_load_func("quantize_q8_1", frameworks).name == "quantize_q8_1"
+    assert device.engine_missing.startswith(missing)
+    with pytest.raises(InvalidCodeObjectError, match=missing):
+        device.get_or_load_func("argmax_f32", engine)
+    (tmp_path / "gfx900.engine.hsaco").write_bytes(amd_elf("gfx900"))
+    (tmp_path / f"{stem}.engine.{suffix}").write_bytes(fake.image())
+    assert device.engine_missing == ""
+    assert device.get_or_load_func("argmax_f32", engine).name == "argmax_f32"
+    assert device.load(engine) is not device.load(frameworks)
+    fake.fail(fake.symbols["get_function"], symbols.NOT_FOUND)  # as of a name that only the other one has
+    with pytest.raises(KernelNotFoundError, match="no kernel 'silu_mul_q8_1' .*; nearest: (?!silu|add_rms_norm_f32)"):
+        device.get_or_load_func("silu_mul_q8_1", frameworks)
+    assert fake.live() == {"streams": 1, "modules": 2}
+
+
+def test_devices_tells_of_an_engine_that_is_missing(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "ENGINE", CodeObjects(tmp_path, engine=True))
+    stem = "gfx1100.engine.hsaco" if fake.kind == "hip" else "sm_75.engine.ptx"
+    told = json.loads(CliRunner().invoke(cli, ["devices", "--json"]).output)["devices"]
+    (missing,) = (d["engine_missing"] for d in told if d["name"] == f"{fake.kind}:0")
+    assert missing.startswith("no code object for ")
+    assert f"{fake.kind}:0 runs no models: {missing}\n" in CliRunner().invoke(cli, ["devices"]).output
+    (tmp_path / stem).write_bytes(fake.image())
+    assert f"{fake.kind}:0 runs no models" not in CliRunner().invoke(cli, ["devices"]).output
+    told = json.loads(CliRunner().invoke(cli, ["devices", "--json"]).output)["devices"]
+    assert [d["engine_missing"] for d in told if d["name"] == f"{fake.kind}:0"] == [None]
 
 
 def bundle_number(target: str) -> int:

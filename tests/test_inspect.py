@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from code_objects import assembled, compiled, compressed, cubin, damaged, host_object, right, right_amd
 from hipquant.cli.app import cli
-from hipquant.codeobjects import QUANTIZED
+from hipquant.codeobjects import QUANTIZED, CodeObjects
 from hipquant.codeobjects.bundle import pack
 from hipquant.errors import InvalidCodeObjectError
 from hipquant.targets import AMD_TARGETS
@@ -257,9 +258,35 @@ def test_the_embedded_objects() -> None:
     path = QUANTIZED.path("facts.json")
     built = json.loads(path.read_text()) if path else {}
     for target in QUANTIZED.targets():
+        rows = built[target]["kernels"] | built.get(f"{target}.engine", {"kernels": {}})["kernels"]
         for kernel in found.targets[target]:
             assert kernel.facts is not None
-            assert kernel.facts.instructions == built[target]["kernels"][kernel.name]["instructions"]
+            assert kernel.facts.instructions == rows[kernel.name]["instructions"]
+
+
+def test_an_installation_lists_the_engines_kernels(
+    small: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the frameworks' of the same target, each with the facts of its own file."""
+    monkeypatch.setattr(disassemble, "objdump", lambda: None)
+    monkeypatch.setattr(module, "QUANTIZED", CodeObjects(tmp_path))
+    table = {}
+    for target, suffix in (("gfx1100", "hsaco"), ("gfx90a", "hsaco"), ("sm_90a", "ptx")):
+        for stem, blob, instructions in ((target, right()[target], 7), (f"{target}.engine", small[target], 9)):
+            (tmp_path / f"{stem}.{suffix}").write_bytes(blob)
+            row = {"dot4": 1, "matrix": 0, "widest_load": 4, "loads": 2, "instructions": instructions}
+            names = [k.name for kernels in inspect(blob).targets.values() for k in kernels]
+            table[stem] = {"sha256": hashlib.sha256(blob).hexdigest(), "kernels": dict.fromkeys(names, row)}
+    (tmp_path / "facts.json").write_text(json.dumps(table))
+    found = inspect_installed()
+    assert set(found.targets) == {"gfx1100", "gfx90a", "sm_90a"}
+    for kernels in found.targets.values():
+        assert {k.name for k in kernels[:123]} == NAMES
+        assert {k.name for k in kernels[123:]} == {"scale", "wide"}
+        assert [k.facts.instructions for k in kernels if k.facts] == [7] * 123 + [9] * 2
+    shown = call().output
+    assert "installation, 125 kernels in 3 targets" in shown
+    assert re.search(r"\| sm_90a +\| +125 \|", shown)
 
 
 @pytest.mark.skipif(disassemble.objdump() is None, reason="llvm-objdump is not installed")

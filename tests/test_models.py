@@ -17,7 +17,8 @@ import pytest
 import hipquant as hq
 from hipquant.errors import ContextLengthError, InvalidModelFileError, TokenizerError, UnsupportedQuantTypeError
 from hipquant.models.layers import Rope
-from hipquant.models.model import CHUNK, common_prefix
+from hipquant.models.cpu import CHUNK
+from hipquant.models.model import common_prefix
 from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType
 from models import ROPE_VARIANTS, write_llama
 from reference import LlamaReference, nmse
@@ -385,7 +386,7 @@ def test_memory_is_weights_and_cache_and_little_more(tmp_path: Path) -> None:
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "import hipquant.models, hipquant.driver; hq.device(); before = peak()\n"
         "m = hq.load(sys.argv[1]); m.forward(list(range(200)), 0)\n"
-        "print(json.dumps([peak() - before, m.weights_bytes, 200 * m.kv_cache.nbytes_per_position]))\n"
+        "print(json.dumps([peak() - before, m.weights_bytes, 200 * m.blocks.nbytes_per_position]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     grown, weights, cache = json.loads(done.stdout)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import hipquant as hq
 from hipquant import ops, quants, wiring
 from hipquant.driver import Device
-from hipquant.models.layers import Activations, Kernels
+from hipquant.models.cpu import Activations
+from hipquant.models.layers import Kernels
 from hipquant.quants import DEQUANTIZE_TYPES, MATRIX_TYPES, WEIGHT_TYPES, QuantType, padded
 from models import random_blocks
 from reference import dequantize, nmse, quantize_q8_1

@@ -33,10 +33,11 @@ from hipquant.driver import Device
 from hipquant.errors import DeviceNotFoundError, DriverError
 from hipquant.toolchain import gpu, launch_check
 from hipquant.toolchain.cases import Case
-from hipquant.toolchain.inspect import Facts, Inspection, KernelInfo, inspect, inspect_installed
+from hipquant.toolchain.inspect import INSTALLED, Facts, Inspection, KernelInfo, inspect, inspect_installed
 from hipquant.toolchain.launch_check import Runner
 from hipquant.toolchain.verify import Finding, check, required_names, summary
 
+LOCAL_ARRAY = "volatile float local[64]; local[n & 63] = 1; *ids = (int)local[(n + 1) & 63]"
 VICTIM = "mul_mat_vec_q4_0_q8_1_hip2"
 ROW = wiring.kernel(VICTIM)
 
@@ -93,6 +94,76 @@ def test_required_names() -> None:
     assert len(required_names("hip")) == len(required_names("cuda")) == 123
     assert VICTIM in required_names("hip")
     assert VICTIM.replace("hip", "cuda") in required_names("cuda")
+
+
+# The engine's code objects
+
+
+def engine_source(change: Callable[[wiring.Kernel, str], str] | None = None) -> str:
+    return source(change, wiring.GPU_ENGINE)
+
+
+@pytest.fixture(scope="session")
+def right_engine(folder: Path) -> dict[str, bytes]:
+    return compiled(engine_source(), folder / "engine", "gfx1100", "gfx90a", "sm_90a")
+
+
+def test_an_engine_that_is_right(right_engine: dict[str, bytes], folder: Path) -> None:
+    n = len(wiring.GPU_ENGINE)
+    for blob in right_engine.values():
+        found = inspect(blob)
+        assert check(found) == check(found, "cuda") == []
+        assert summary(found) == f"{n} of {n} names in 1 target"
+    (folder / "x.engine.hsaco").write_bytes(right_engine["gfx1100"])
+    result = call(folder / "x.engine.hsaco", "--run")
+    assert (result.exit_code, result.output) == (
+        0,
+        f"{n} kernels of the engine are read only, as there are no cases to run them on\n"
+        f"{n} of {n} names in 1 target; 0 errors, 0 warnings\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "severity", "message"),
+    [
+        (lambda t: "", "error", "is missing"),
+        (lambda t: t.replace(", int n)", ", int n, int more)"), "error", "takes 4 arguments, is launched with 3"),
+        (lambda t: t.replace("HQ_KERNEL(256)", "HQ_KERNEL(64)"), "error", "takes blocks of at most 64 threads, is"),
+        (
+            lambda t: t.replace("*(int*)ids = (int)1", LOCAL_ARRAY),
+            "warning",
+            r"uses \d+ bytes of scratch memory a lane",
+        ),
+    ],
+    ids=["missing", "arguments", "workgroup", "scratch"],
+)
+def test_an_engine_that_is_wrong(change: Callable[[str], str], severity: str, message: str, tmp_path: Path) -> None:
+    blob = compiled(engine_source(only("argmax_f32", change)), tmp_path, "gfx1100")["gfx1100"]
+    (finding,) = findings(blob)
+    assert (finding.severity, finding.kernel) == (severity, "argmax_f32")
+    assert re.match(message, finding.message)
+
+
+def test_an_installation_without_an_engine(right_engine: dict[str, bytes]) -> None:
+    """A target that lacks the file is one finding; one whose file lacks a kernel is told which."""
+
+    def installed(**engines: list[KernelInfo]) -> list[tuple[str, str, str, str]]:
+        targets = {t: inspect(right()[t]).targets[t] + engines.get(t, []) for t in right()}
+        found = Inspection("the installation", INSTALLED, targets | {"x86-64-v3": cpu_kernels})
+        assert summary(found) == "123 of 123 names in 4 targets"
+        return [(f.target, f.kernel, f.message, f.fix) for f in check(found)]
+
+    cpu_kernels = [KernelInfo(k.name) for k in wiring.CPU_KERNELS]
+    engines = {t: inspect(blob).targets[t] for t, blob in right_engine.items()}
+    assert installed(**engines) == []
+    message = "has no code object of the engine: no model runs on it"
+    fix = "hipquant build --target {}"
+    assert installed(**engines | {"gfx90a": []}) == [("gfx90a", "", message, fix.format("gfx90a"))]
+    assert installed() == [(t, "", message, fix.format(t)) for t in right()]
+    some = {t: [k for k in kernels if k.name != "argmax_f32"] for t, kernels in engines.items()}
+    assert [(t, name, said) for t, name, said, _ in installed(**some)] == [
+        (t, "argmax_f32", "is missing") for t in right()
+    ]
 
 
 # Mistake 1: a name that one target has and another has not

@@ -27,7 +27,7 @@ class CodeObjectsHook(BuildHookInterface):  # type: ignore[type-arg]
         try:
             targets = wanted()
             self.app.display_info(f"compiling for {' '.join(t.name for t in targets)}")
-            files = [path.name for path in build(targets)]
+            files = [path.name for path in build(targets, engine=True)]
         except (ValueError, CompileError) as error:
             self.app.abort(str(error))
         # Nothing else that lies there, as it may be older than its sources.

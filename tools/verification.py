@@ -81,9 +81,10 @@ def sources_hash() -> str:
     """Of everything that a simulated kernel is made of."""
     from hipquant.toolchain.compile import fingerprint
     from hipquant.toolchain.entry_points import gpu_header
+    from hipquant.toolchain.gpu import ENGINE as ENGINE_SOURCES
     from hipquant.toolchain.gpu import SOURCES
 
-    files = [p for p in SOURCES.rglob("*") if p.suffix in (".hip", ".h", ".cpp")]
+    files = [p for p in SOURCES.rglob("*") if p.suffix in (".hip", ".h", ".cpp") and p.parent != ENGINE_SOURCES]
     return fingerprint(gpu_header(), files=files)
 
 

@@ -64,7 +64,8 @@ def cpu_targets(machine: str | None = None) -> tuple[CpuTarget, ...]:
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """A GPU code object: an AMD ELF in code object version 5 (generic targets: 6), or PTX for NVIDIA.
+    """Two GPU code objects, the frameworks' kernels and the engine's: AMD ELFs in code object version 5 (generic
+    targets: 6), or PTX for NVIDIA.
 
     `twin` is the target whose machine code is the same: it is compiled for that one and retargeted.
     """
@@ -79,7 +80,15 @@ class GpuTarget:
 
     @property
     def filename(self) -> str:
-        return self.name + (".hsaco" if self.vendor == "amd" else ".ptx")
+        return self.name + self._suffix
+
+    @property
+    def engine_filename(self) -> str:
+        return f"{self.name}.engine{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return ".hsaco" if self.vendor == "amd" else ".ptx"
 
 
 _NO_DOT4 = ("gfx900", "gfx90c", "gfx1010", "gfx9-generic", "gfx10-1-generic")

@@ -91,7 +91,8 @@ def command(
         emit_json(about | {"repetitions": repeat, "read_ceiling_bytes_per_second": ceiling, "results": tests})
     else:
         emit(table(("test", "tokens/s", "±", "GB/s", "of the ceiling"), [_row(r, ceiling) for r in results]))
-        emit(f"\nThe threads read memory at {ceiling / 1e9:.1f} GB/s; a small model is read from the cache, faster.\n")
+        reader = "The threads read" if loaded.device.kind == "cpu" else "The device reads"
+        emit(f"\n{reader} memory at {ceiling / 1e9:.1f} GB/s; a small model is read from the cache, faster.\n")
 
 
 def _row(result: Result, ceiling: float) -> list[str]:
@@ -165,7 +166,7 @@ def _about(model: Model) -> dict[str, str]:
     return {
         "model": f"{model.name}, {model.weights_bytes / 2**20:,.1f} MiB of weights",
         "device": f"{model.device.name} ({model.device.target.name})",
-        "threads": str(model.device.threads),
+        **({"threads": str(model.device.threads)} if model.device.kind == "cpu" else {}),
         "versions": f"hipquant {__version__}, Python {platform.python_version()}, numpy {np.__version__}",
         **({"commit": commit} if commit else {}),
     }

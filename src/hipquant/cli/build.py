@@ -46,8 +46,9 @@ def command(
 ) -> None:
     """Compiles the package's kernels into this installation, except for what is up to date.
 
-    Without --target: for this machine's processor and GPUs. With -o FILE.hsaco: into one offload bundle of AMD
-    targets; FILE.ptx, FILE.cubin (nvcc) or FILE.so: for one target; a folder: one file a target.
+    Without --target: for this machine's processor and GPUs. With -o, the kernels that frameworks load, without the
+    engine's: FILE.hsaco is one offload bundle of AMD targets; FILE.ptx, FILE.cubin (nvcc) or FILE.so is for one target;
+    a folder gets one file a target.
 
     SOURCES are kernels of your own, in HIP; they may include the package's device.h. Without --target they are
     compiled for every AMD target, into a bundle named after the first.
@@ -131,6 +132,7 @@ class _Plan:
         objects = plan(
             self.targets,
             profile=self.profile,
+            engine=self.embeds,
             sources=self.sources,
             compiler=self.compiler,
             cubin=self.cubin,

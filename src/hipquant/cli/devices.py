@@ -32,6 +32,8 @@ def command(as_json: bool) -> None:
     for device in found:
         for reason, targets in _by_reason(device["rejected"]).items():
             emit(f"\n{device['name']} does not use {' '.join(targets)}: {reason}")
+        if engine_missing := device.get("engine_missing"):
+            emit(f"\n{device['name']} runs no models: {engine_missing}")
     for kind, reason in missing.items():
         emit(f"\n{GPUS[kind]}: {reason}")
     emit("\n")
@@ -65,6 +67,7 @@ def _describe(device: Any) -> dict[str, Any]:
     else:
         own = {
             "code_object": device.object_target,
+            "engine_missing": device.engine_missing or None,
             "memory": device.memory,
             "compute_units": device.compute_units,
             "wave_size": device.wave_size,

@@ -28,8 +28,8 @@ def command(file: str | None, targets: tuple[str, ...], pattern: str | None, as_
     """Shows what is in FILE: kernels x targets, arguments, registers, memory, limits, instruction facts.
 
     FILE is an AMD code object, an offload bundle (also compressed), a host object with one inside, PTX, a cubin or a
-    CPU code object of hipquant. Without FILE: what this installation embeds. Registers are maxima over the kernels of
-    a target; LDS and scratch are in bytes.
+    CPU code object of hipquant. Without FILE: what this installation embeds, the frameworks' kernels and the engine's.
+    Registers are maxima over the kernels of a target; LDS and scratch are in bytes.
     """
     from ..toolchain.inspect import inspect_file, inspect_installed
 

@@ -176,7 +176,10 @@ class _Run:
 
 
 def _device(model: Model) -> str:
-    return f"{model.device.kind} ({model.device.target.name}, {model.device.threads} threads)"
+    device = model.device
+    if device.kind == "cpu":
+        return f"cpu ({device.target.name}, {device.threads} threads)"
+    return f"{device} ({device.name}, {device.target.name})"
 
 
 def stats(generation: Generation) -> str:

@@ -30,9 +30,10 @@ SOURCES = (".hip", ".cu", ".cpp")
 def command(file: str | None, profile: str, targets: tuple[str, ...], launch: bool, as_json: bool) -> int:
     """Holds FILE, or what this installation embeds, against the wiring table.
 
-    Names in every target, argument lists, workgroup limits, wave size, scratch, spills, int8 dot products, and whether
-    it is a code object at all. --run launches each kernel on the GPU at hand, or on the CPU for a CPU object; our own
-    kernels, and a source file, are simulated where there is no GPU. Exit code 1 if there is an error.
+    Names in every target (the 123 that frameworks load, or the engine's), argument lists, workgroup limits, wave size,
+    scratch, spills, int8 dot products, and whether it is a code object at all. --run launches each kernel but the
+    engine's on the GPU at hand, or on the CPU for a CPU object; our own kernels, and a source file, are simulated where
+    there is no GPU. Exit code 1 if there is an error.
     """
     from ..toolchain.compile import CompileError
 
@@ -94,9 +95,14 @@ def _run(found: Inspection, path: Path | None, profile: str) -> Iterator[Finding
     from ..codeobjects import QUANTIZED
     from ..toolchain import launch_check
     from ..toolchain.inspect import CPU, CUBIN, EMBEDDED, HOST, INSTALLED, PTX, read_code_object
-    from ..toolchain.verify import Finding
+    from ..toolchain.verify import ENGINE_NAMES, Finding, is_engine
 
     if found.kind in (HOST, EMBEDDED):
+        return
+    present = [k.name for kernels in found.targets.values() for k in kernels]
+    if engine := set(present) & ENGINE_NAMES:
+        note(f"{len(engine)} kernels of the engine are read only, as there are no cases to run them on")
+    if is_engine(found):
         return
     code_object = read_code_object(path) if path else QUANTIZED
     vendors: list[str] = {CPU: [], PTX: ["cuda"], CUBIN: ["cuda"], INSTALLED: ["hip", "cuda"]}.get(found.kind, ["hip"])
@@ -112,7 +118,6 @@ def _run(found: Inspection, path: Path | None, profile: str) -> Iterator[Finding
         )
         fix = "run it where there is one, or give the source: hipquant verify my_kernels.hip --run"
         yield Finding("error", "run", "", "", message, fix)
-    present = [k.name for kernels in found.targets.values() for k in kernels]
     for runner in runners:
         yield from _launch(runner, launch_check.kernels_to_run(present, profile))
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ..codeobjects import QUANTIZED, CodeObjects
 from ..errors import DriverError, InvalidCodeObjectError, KernelNotFoundError, OutOfDeviceMemoryError
 from ..targets import CpuTarget, cpu_targets, host_machine, runtime_filename
-from ..wiring import KERNELS, Arg, Dim3
+from ..wiring import CPU_KERNELS, Arg, Dim3
 from . import base
 from .base import Bytes, Event, Rejection
 
@@ -272,7 +272,7 @@ class Module(base.Module):
             try:
                 address = ctypes.cast(getattr(self._lib, name), ctypes.c_void_p).value
             except (AttributeError, ValueError):
-                raise KernelNotFoundError(name, self.target, KERNELS) from None
+                raise KernelNotFoundError(name, self.target, (k.name for k in CPU_KERNELS)) from None
             found = self._functions[name] = Function(self, name, address or 0)
         return found
 

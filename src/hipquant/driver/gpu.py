@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codeobjects import QUANTIZED, CodeObjects
+from ..codeobjects import ENGINE, QUANTIZED, CodeObjects
 from ..errors import DeviceNotFoundError, InvalidCodeObjectError, OutOfDeviceMemoryError
 from . import base
 from . import gpu_symbols as symbols
@@ -100,9 +100,10 @@ class Device(base.Device):
         self.allocated -= nbytes
         before: Any = ctypes.c_void_p() if self.kind == "cuda" else ctypes.c_int()
         known = self.library.functions[self._get_row](ctypes.byref(before)) == 0
-        if self._set_current(self._current) == 0:
+        ours = known and before.value == self._current
+        if ours or self._set_current(self._current) == 0:
             self.library.functions[row](value)
-        if known:
+        if known and not ours:
             self._set_current(before)
 
     def _own(self, stream: base.Stream | None) -> Stream:
@@ -147,6 +148,12 @@ class Device(base.Device):
         """The target of the embedded code object that is used, or None where none fits."""
         return choose(QUANTIZED.targets(), self._target)[0]
 
+    @property
+    def engine_missing(self) -> str:
+        """Why the embedded engine has no code object for the device, so that no model runs on it; empty if it has."""
+        best, rejected = choose(ENGINE.targets(), self._target)
+        return "" if best else no_object(self._target, ENGINE.label, rejected)
+
     def load(self, code_object: CodeObjects | bytes) -> Module:
         with self._lock:
             module = self._modules.get(code_object)
@@ -160,7 +167,7 @@ class Device(base.Device):
         targets = code_object.targets()
         best, rejected = choose(targets, self._target)
         if best is None:
-            raise InvalidCodeObjectError(no_object(self._target, "this installation", rejected))
+            raise InvalidCodeObjectError(no_object(self._target, code_object.label, rejected))
         try:
             return targets[best].read_bytes()
         except OSError as e:

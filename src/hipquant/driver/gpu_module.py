@@ -143,7 +143,8 @@ class Module(base.Module):
             device._make_current()
             code = device.library.functions["get_function"](ctypes.byref(out), self._owned.value, name.encode())
             if code == symbols.NOT_FOUND:
-                raise KernelNotFoundError(name, device.target.name, KERNELS)
+                others = (k.name for k in KERNELS.values() if k.silicon != "cpu" and k.name != name)
+                raise KernelNotFoundError(name, device.target.name, others)
             if code:
                 raise device.library.error("get_function", code, f"looking up kernel {name!r}")
             found = self._functions[name] = Function(self, name, out.value or 0)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ..driver import Device
 from ..driver import device as get_device
-from ..errors import DeviceNotFoundError, InvalidModelFileError
+from ..errors import InvalidModelFileError
 from ..gguf_file import GGUFFile, StringArray
 from ..tokenizer import has_vocabulary
 from .model import Model
 
 ARCHITECTURES = {"llama": "llama"}  # general.architecture -> module
+DEFAULT_SEQUENCES = 4
 DEMO = Path(__file__).parent.parent / "demo" / "demo.gguf"
 
 __all__ = ["ARCHITECTURES", "DEMO", "Model", "load"]
@@ -37,19 +38,20 @@ def load(
     device: str | Device = "auto",
     *,
     context: int | None = None,
-    sequences: int = 4,
+    sequences: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Loads a GGUF model (default: the demo model of the package) onto a device.
 
     `context` is the number of positions of a sequence (default: what the model was trained for, at most 8192),
-    `sequences` the number of independent sequences in the KV cache; its memory is used as it fills.
+    `sequences` the number of independent sequences in the KV cache (default: 4 on the CPU, whose memory is used as
+    it fills, 1 on a GPU, where it is taken at once).
     `progress(done, total)` is called with bytes of weights. Raises `InvalidModelFileError`,
     `UnsupportedQuantTypeError`, `OutOfDeviceMemoryError` or `DeviceNotFoundError`.
     """
     on = get_device(device)
-    if on.kind != "cpu":
-        raise DeviceNotFoundError(f"models run on the CPU only in this version, not on {on}; use --device cpu")
+    if sequences is None:
+        sequences = DEFAULT_SEQUENCES if on.kind == "cpu" else 1
     file = GGUFFile(path if path is not None else DEMO)
     architecture = file.require("general.architecture", str)
     if architecture not in ARCHITECTURES:

@@ -1,93 +1,174 @@
-"""What models are made of: weights on a device, activations, RoPE tables and the KV cache."""
+"""What models are made of on any device: weights from a file, RoPE tables, and the blocks that a device runs."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from .. import wiring
-from ..codeobjects import QUANTIZED
+from ..codeobjects import ENGINE, QUANTIZED
 from ..driver import Buffer, Device
-from ..errors import OutOfDeviceMemoryError
+from ..driver.base import Function
 from ..gguf_file import GGUFFile, TensorInfo, find_invalid_scales
-from ..quants import FLOAT_TYPES, MATRIX_TYPES, QuantType
-from ..wiring import PACK_ROWS, Dim3, Kernel
+from ..quants import FLOAT_TYPES, MATRIX_TYPES
+from ..wiring import Dim3, Kernel
 
-ALIGNMENT = 64  # of a tensor's place
-PACK_AT_ONCE = 16 << 20  # bytes of a tensor that are mapped while it is packed
-TILE_BYTES = 44  # of 32 activations in a q8 tile: d, two sums, 32 bytes (kernels/cpu/tile.h)
-TILE_COLUMNS = 16
+MAX_CAPTURED = 8  # tokens of a pass that is captured once and replayed
+PART = 16 << 20  # bytes of a tensor that are mapped while they are checked and copied
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
 class Kernels:
-    """Launches kernels by name on a stream of their own, from the embedded code object."""
+    """Launches kernels by name on a stream of their own, from the embedded code objects."""
 
     def __init__(self, device: Device) -> None:
         self.device, self.stream = device, device.create_stream()
+        self._functions: dict[str, Function] = {}
 
     def __call__(self, kernel: Kernel, grid: Dim3, *params: object) -> None:
-        self.device.get_or_load_func(kernel.name, QUANTIZED).launch(grid, kernel.block, 0, self.stream, params)
+        function = self._functions.get(kernel.name)
+        if function is None:
+            code_object = ENGINE if kernel.silicon == "gpu" else QUANTIZED
+            function = self._functions[kernel.name] = self.device.get_or_load_func(kernel.name, code_object)
+        function.launch(grid, kernel.block, 0, self.stream, params)
 
 
-class Activations:
-    """Columns of activations, as floats and, for quantized weights, as q8 tiles: `n_max` columns of k values."""
+class Sizes(Protocol):
+    """What blocks must know of a model."""
 
-    def __init__(self, kernels: Kernels, k: int, n_max: int) -> None:
-        self.kernels, self.k = kernels, k
-        self.floats = kernels.device.allocate(4 * k * n_max, "activations")
-        columns = -(-n_max // TILE_COLUMNS) * TILE_COLUMNS
-        self.tiles = kernels.device.allocate(columns * -(-k // 32) * TILE_BYTES, "activations")
-        self._quantize = wiring.kernel("quantize_q8_tiles")
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_head(self) -> int: ...
+    @property
+    def n_head_kv(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def n_ff(self) -> int: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def rope(self) -> Rope: ...
 
-    def quantize(self, n: int, first: int = 0) -> None:
-        """Makes the tiles of n columns from the floats, from column `first` on. k must be a multiple of 32."""
-        source = self.floats.address + 4 * self.k * first
-        self.kernels(self._quantize, self._quantize.grid(k=self.k, ncols=n), source, self.tiles, self.k, n)
+
+class Matrix(NamedTuple):
+    """A weight matrix in the file: its name, its rows, and the name of a bias, which need not be there."""
+
+    name: str
+    rows: int
+    bias: str | None = None
+
+
+L = TypeVar("L")
 
 
 @dataclass
-class Linear:
-    """A weight matrix (rows, k) on a device: packed 16 rows together, or as it lies in the file for float types."""
+class Layer(Generic[L]):
+    """The weights of one block; each `L` multiplies the same activations with one or more matrices, side by side."""
 
-    kernels: Kernels
-    type: QuantType
-    rows: int
-    k: int
-    weights: Buffer
-    bias: Buffer | None
-
-    def __post_init__(self) -> None:
-        self.quantized = self.type not in FLOAT_TYPES
-        self._product = wiring.find("mul_mat_packed" if self.quantized else "mul_mat_float", self.type)
-        self._grid = self._product.grid(nrows=self.rows)
-
-    def __call__(self, x: Activations, dst: Buffer | Floats, n: int, first: int = 0) -> None:
-        """dst[n][rows] = x[first : first + n] times the weights. The tiles of x must be made of the same columns."""
-        source = x.tiles.address if self.quantized else x.floats.address + 4 * self.k * first
-        self.kernels(self._product, self._grid, self.weights, source, dst, self.k, self.rows, n, self.rows)
-        if self.bias is not None:
-            self.kernels(wiring.kernel("add_bias_f32"), (n, 1, 1), dst, self.bias, self.rows)
+    attn_norm: Buffer
+    qkv: L
+    attn_output: L
+    ffn_norm: Buffer
+    gate_up: L
+    down: L
 
 
-class Weights:
+class Blocks(ABC, Generic[L]):
+    """The pass of a model over tokens on a device: embedding, blocks, logits.
+
+    `put` gives the tokens; the steps of a pass over n of them are then launched in the order of the methods. The
+    residual stream lies in the blocks' own memory.
+    """
+
+    logits: Buffer  # of the last step: n_vocab floats for each of at most `MAX_CAPTURED` tokens
+
+    def __init__(
+        self, weights: Weights[L], sizes: Sizes, embedding: str, chunk: int, sequences: int, context: int
+    ) -> None:
+        """`chunk` is how many tokens a pass takes at most."""
+        self.sizes, self.kernels, self.chunk = sizes, weights.kernels, chunk
+        self.embedding_type = weights.info(embedding, (sizes.n_vocab, sizes.n_embd)).type
+        self.n_context = -(-context // 16) * 16
+        self.rope_table = sizes.rope.table(self.n_context)
+        self.nbytes_per_position = 2 * 2 * sizes.n_layer * sizes.n_head_kv * sizes.head_dim  # keys and values: halves
+        inputs = weights.device.allocate(12 * chunk, "tokens")
+        self._inputs, self._staged = inputs, weights.device.allocate_host(12 * chunk).view(np.int32).reshape(3, chunk)
+        self.tokens, self.positions, self.slots = (inputs.view(4 * chunk * i, 4 * chunk) for i in range(3))
+        self.branched = False
+
+    def put(self, *inputs: npt.NDArray[np.integer]) -> None:
+        """Token ids, positions and sequences of a pass. Waits until those of the pass before are copied."""
+        self.kernels.stream.synchronize()
+        for row, values in zip(self._staged, inputs, strict=True):
+            row[: len(values)] = values
+        self._inputs.write_async(self._staged, self.kernels.stream)
+
+    def read_logits(self, n: int) -> Floats:
+        """What `output` gave for n tokens: float32 [n, n_vocab]."""
+        logits = np.empty((n, self.sizes.n_vocab), np.float32)
+        self.logits.read_async(logits, self.kernels.stream)
+        self.kernels.stream.synchronize()
+        return logits
+
+    def embed(self, n: int) -> None:
+        """Rows of the embedding: the residual stream begins."""
+        self.branched = False  # whether there is a branch that the next norm adds to it
+
+    @abstractmethod
+    def attention(self, layer: Layer[L], i: int, n: int) -> None:
+        """Norm, queries, keys and values, RoPE, the KV cache of layer i, attention and its output matrix."""
+
+    @abstractmethod
+    def feed_forward(self, layer: Layer[L], n: int) -> None:
+        """Norm and the SiLU-gated unit."""
+
+    @abstractmethod
+    def finish(self, norm: Buffer, n: int) -> None:
+        """The last norm."""
+
+    @abstractmethod
+    def output(self, first: int, n: int) -> None:
+        """Logits of n tokens (at most `MAX_CAPTURED`) from `first` on, to `logits`."""
+
+    @abstractmethod
+    def read_output(self, first: int, logits: Floats) -> None:
+        """Logits of any number of tokens from `first` on, to the host."""
+
+
+class Weights(ABC, Generic[L]):
     """Takes the tensors of a model file onto a device; `memory` counts the bytes of weights there."""
 
     def __init__(self, file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None = None) -> None:
         self.file, self.device, self.kernels = file, device, Kernels(device)
         self.memory, self._done, self._progress = 0, 0, progress
         self._total = sum(t.nbytes for t in file.tensors.values())
-        free = device.free_memory
-        if free is not None and self._total > free:
-            raise OutOfDeviceMemoryError(self._total, free, f"the weights of {file.path.name}")
-        # One place for all, so that it comes in huge pages throughout; what is not used is never touched.
-        padding = sum(PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT for t in file.tensors.values())
-        self._place, self._used = device.allocate(self._total + padding, f"the weights of {file.path.name}"), 0
+
+    @abstractmethod
+    def products(self, k: int, *matrices: Matrix) -> L:
+        """Weight matrices (rows, k) that multiply the same activations."""
+
+    @abstractmethod
+    def blocks(self, sizes: Sizes, embedding: str, output: str, sequences: int, context: int) -> Blocks[L]:
+        """The blocks of a model, with a KV cache for `sequences` of `context` positions; before other weights."""
+
+    def finish(self) -> None:
+        """Everything is there: what was needed for loading alone is given back."""
+
+    @abstractmethod
+    def embedding(self, name: str, rows: int, k: int) -> Buffer:
+        """A matrix as it lies in the file, for `get_rows`."""
 
     def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """A tensor that must be there with this shape."""
@@ -100,8 +181,8 @@ class Weights:
             )
         return info
 
-    def vector(self, name: str, n: int) -> Buffer:
-        """A float vector (norm, bias, frequency factors), as float32."""
+    def floats(self, name: str, n: int) -> Floats:
+        """A float vector (norm, bias, frequency factors), as float32, on the host."""
         info = self.info(name, (n,))
         if info.type not in FLOAT_TYPES:
             self.file.fail(f"tensor {name!r} is {info.type}, expected F32, F16 or BF16")
@@ -109,33 +190,17 @@ class Weights:
         raw = self.file.data(name)
         values = {"F32": np.float32, "F16": np.float16}.get(info.type.name)
         floats = raw.view(values) if values else (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        buffer = self.device.allocate(4 * n, name)
-        buffer.write(floats.astype(np.float32))
         self._count(info.nbytes, 4 * n)
+        return floats.astype(np.float32)
+
+    def vector(self, name: str, n: int) -> Buffer:
+        """A float vector on the device."""
+        values, buffer = self.floats(name, n), self.device.allocate(4 * n, name)
+        buffer.write(values)
         return buffer
 
     def optional_vector(self, name: str, n: int) -> Buffer | None:
         return self.vector(name, n) if name in self.file.tensors else None
-
-    def matrix(self, name: str, rows: int, k: int) -> Buffer:
-        """A matrix as it lies in the file, for `get_rows`: mapped, not copied."""
-        info = self.info(name, (rows, k))
-        self._check_type(info)
-        for _, _, part in self._checked_parts(info, max(1, PACK_AT_ONCE // info.type.row_bytes(k)), k):
-            self._count(part.nbytes, 0)
-        return self.device.upload(self.file.data(name))
-
-    def linear(self, name: str, rows: int, k: int, bias: str | None = None) -> Linear:
-        """A weight matrix for products. Quantized types are packed, part by part, and their mapping is let go."""
-        info = self.info(name, (rows, k))
-        self._check_type(info)
-        if info.type in FLOAT_TYPES:
-            self.file.check_scales(name)
-            weights = self.device.upload(self.file.data(name))
-            self._count(info.nbytes, info.nbytes)
-        else:
-            weights = self._pack(info, rows, k)
-        return Linear(self.kernels, info.type, rows, k, weights, self.optional_vector(bias, rows) if bias else None)
 
     def _check_type(self, info: TensorInfo) -> None:
         if info.type not in MATRIX_TYPES:
@@ -151,21 +216,6 @@ class Weights:
                 self.file.check_scales(info.name)  # raises, and says where
             yield first, n, part
             self.file.release(info.name, first * row_bytes, part.nbytes)
-
-    def _pack(self, info: TensorInfo, rows: int, k: int) -> Buffer:
-        kernel, row_bytes = wiring.find("pack", info.type), info.type.row_bytes(k)
-        packed = self._take(-(-rows // PACK_ROWS) * PACK_ROWS * row_bytes)
-        step = max(PACK_ROWS, PACK_AT_ONCE // row_bytes // PACK_ROWS * PACK_ROWS)
-        for first, n, part in self._checked_parts(info, step, k):
-            self.kernels(kernel, kernel.grid(nrows=n), part, packed.address + first * row_bytes, k, n)
-            self._count(part.nbytes, part.nbytes)
-        return packed
-
-    def _take(self, nbytes: int) -> Buffer:
-        """The next part of the place for weights: each tensor is packed at most once."""
-        start = -(-self._used // ALIGNMENT) * ALIGNMENT
-        self._used = start + nbytes
-        return self._place.view(start, nbytes)
 
     def _count(self, done: int, held: int) -> None:
         self._done += done
@@ -220,17 +270,3 @@ class Rope:
         low = max(0, math.floor(turns(self.beta_fast)))
         high = min(self.n_rot - 1, math.ceil(turns(self.beta_slow)))
         return 1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)
-
-
-class KVCache:
-    """Keys and values of every layer for `slots` sequences of `n_context` positions, as halves.
-
-    The layout is the kernels' own (kernels/cpu/kv_cache.h). Memory is used as positions are written.
-    """
-
-    def __init__(self, device: Device, layers: int, slots: int, n_head_kv: int, head_dim: int, n_context: int) -> None:
-        self.n_context, self.slots = -(-n_context // 16) * 16, slots
-        each = 2 * slots * n_head_kv * self.n_context * head_dim
-        self.keys = [device.allocate(each, "the KV cache", sparse=True) for _ in range(layers)]
-        self.values = [device.allocate(each, "the KV cache", sparse=True) for _ in range(layers)]
-        self.nbytes_per_position = 2 * 2 * layers * n_head_kv * head_dim

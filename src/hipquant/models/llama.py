@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from .. import wiring
-from ..driver import Buffer, Device
+from ..driver import Device
 from ..gguf_file import GGUFFile
-from .layers import Activations, Floats, KVCache, Linear, Rope, Weights
-from .model import CHUNK, Model
+from .layers import Blocks, L, Layer, Matrix, Rope, Weights
+from .model import Model, open_weights
 
 MAX_DEFAULT_CONTEXT = 8192
 MAX_HEAD_DIM = 512
+EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -99,117 +97,37 @@ def _rope(file: GGUFFile, n_rot: int, n_context: int) -> Rope:
     return Rope(n_rot, base, scaling, factor, original, attention)
 
 
-@dataclass
-class Layer:
-    """The weights of one block."""
+def _layer(w: Weights[L], c: Config, i: int) -> Layer[L]:
+    b, q, kv = f"blk.{i}.", c.n_head * c.head_dim, c.n_head_kv * c.head_dim
 
-    attn_norm: Buffer
-    q: Linear
-    k: Linear
-    v: Linear
-    attn_output: Linear
-    ffn_norm: Buffer
-    gate: Linear
-    up: Linear
-    down: Linear
+    def matrix(name: str, rows: int) -> Matrix:
+        return Matrix(f"{b}{name}.weight", rows, f"{b}{name}.bias")
 
-    @classmethod
-    def load(cls, w: Weights, c: Config, i: int) -> Layer:
-        b, q, kv = f"blk.{i}.", c.n_head * c.head_dim, c.n_head_kv * c.head_dim
-        return cls(
-            attn_norm=w.vector(b + "attn_norm.weight", c.n_embd),
-            q=w.linear(b + "attn_q.weight", q, c.n_embd, b + "attn_q.bias"),
-            k=w.linear(b + "attn_k.weight", kv, c.n_embd, b + "attn_k.bias"),
-            v=w.linear(b + "attn_v.weight", kv, c.n_embd, b + "attn_v.bias"),
-            attn_output=w.linear(b + "attn_output.weight", c.n_embd, q, b + "attn_output.bias"),
-            ffn_norm=w.vector(b + "ffn_norm.weight", c.n_embd),
-            gate=w.linear(b + "ffn_gate.weight", c.n_ff, c.n_embd, b + "ffn_gate.bias"),
-            up=w.linear(b + "ffn_up.weight", c.n_ff, c.n_embd, b + "ffn_up.bias"),
-            down=w.linear(b + "ffn_down.weight", c.n_embd, c.n_ff, b + "ffn_down.bias"),
-        )
+    return Layer(
+        attn_norm=w.vector(b + "attn_norm.weight", c.n_embd),
+        qkv=w.products(c.n_embd, matrix("attn_q", q), matrix("attn_k", kv), matrix("attn_v", kv)),
+        attn_output=w.products(q, matrix("attn_output", c.n_embd)),
+        ffn_norm=w.vector(b + "ffn_norm.weight", c.n_embd),
+        gate_up=w.products(c.n_embd, matrix("ffn_gate", c.n_ff), matrix("ffn_up", c.n_ff)),
+        down=w.products(c.n_ff, matrix("ffn_down", c.n_embd)),
+    )
 
 
 class Llama(Model):
     """A llama model on a device; see `Model` for its use."""
 
-    def __init__(self, file: GGUFFile, config: Config, weights: Weights, context: int, sequences: int) -> None:
-        c, device = config, weights.device
-        self.config = c
-        self.embedding = weights.matrix("token_embd.weight", c.n_vocab, c.n_embd)
-        self.embedding_type = file.tensors["token_embd.weight"].type
-        self.layers = [Layer.load(weights, c, i) for i in range(c.n_layer)]
-        self.output_norm = weights.vector("output_norm.weight", c.n_embd)
-        tied = "output.weight" not in file.tensors
-        self.output = weights.linear("token_embd.weight" if tied else "output.weight", c.n_vocab, c.n_embd)
-        self.cache = KVCache(device, c.n_layer, sequences, c.n_head_kv, c.head_dim, context)
-        rope = c.rope.table(self.cache.n_context)
-        self.rope = device.allocate(rope.nbytes, "the RoPE table")
-        self.rope.write(rope)
-        n = CHUNK
-        self.x = device.allocate(4 * n * c.n_embd, "activations")
-        self.normed = Activations(weights.kernels, c.n_embd, n)
-        self.attended = Activations(weights.kernels, c.n_head * c.head_dim, n)
-        self.gated = Activations(weights.kernels, c.n_ff, n)
-        self.q = device.allocate(4 * n * c.n_head * c.head_dim, "activations")
-        self.k, self.v = (device.allocate(4 * n * c.n_head_kv * c.head_dim, "activations") for _ in range(2))
-        self.gate, self.up = (device.allocate(4 * n * c.n_ff, "activations") for _ in range(2))
-        self.branch = device.allocate(4 * n * c.n_embd, "activations")  # what the next norm adds to x
-        super().__init__(file, weights, c.n_vocab, context, sequences, self.cache)
+    def __init__(self, config: Config, weights: Weights[L], blocks: Blocks[L], context: int, sequences: int) -> None:
+        super().__init__(weights, blocks, context, sequences)
+        self.config, self.layers = config, [_layer(weights, config, i) for i in range(config.n_layer)]
+        self.norm = weights.vector("output_norm.weight", config.n_embd)
+        weights.finish()
 
-    def _norm(self, residual: Buffer | None, weight: Buffer, n: int) -> None:
-        kernel = wiring.kernel("add_rms_norm_f32")
-        c = self.config
-        self.kernels(kernel, kernel.grid(rows=n), self.x, residual, weight, self.normed.floats, c.n_embd, c.eps)
-
-    def _attention(self, layer: Layer, i: int, n: int) -> None:
-        c, rope, attention = self.config, wiring.kernel("rope_store_kv"), wiring.kernel("attention_f16")
-        self._quantize(self.normed, n, layer.q, layer.k, layer.v)
-        layer.q(self.normed, self.q, n)
-        layer.k(self.normed, self.k, n)
-        layer.v(self.normed, self.v, n)
-        where = (self.cache.keys[i], self.cache.values[i])
-        sizes = (c.n_head, c.n_head_kv, c.head_dim)
-        tokens = (self.positions, self.slots)
-        self.kernels(rope, rope.grid(ntokens=n), self.q, self.k, self.v, *where, self.rope, *tokens, *sizes,
-                     c.rope.n_rot, self.cache.n_context)  # fmt: skip
-        self.kernels(attention, attention.grid(n_head_kv=c.n_head_kv, ntokens=n), self.q, *where,
-                     self.attended.floats, *tokens, *sizes, self.cache.n_context, c.head_dim**-0.5)  # fmt: skip
-        self._quantize(self.attended, n, layer.attn_output)
-        layer.attn_output(self.attended, self.branch, n)
-
-    def _feed_forward(self, layer: Layer, n: int) -> None:
-        silu = wiring.kernel("silu_mul_f32")
-        self._quantize(self.normed, n, layer.gate, layer.up)
-        layer.gate(self.normed, self.gate, n)
-        layer.up(self.normed, self.up, n)
-        count = n * self.config.n_ff
-        self.kernels(silu, silu.grid(n=count), self.gate, self.up, self.gated.floats, count)
-        self._quantize(self.gated, n, layer.down)
-        layer.down(self.gated, self.branch, n)
-
-    def _step(self, n: int, logits: Buffer | Floats, first: int) -> None:
-        """Launches the pass over n tokens that lie in the input buffers; logits[i] are of token first + i < n."""
-        get_rows, c = wiring.find("get_rows", self.embedding_type), self.config
-        self.kernels(get_rows, get_rows.grid(nids=n, k=c.n_embd), self.embedding, self.tokens, self.x, c.n_embd,
-                     self.embedding_type.row_bytes(c.n_embd))  # fmt: skip
-        residual = None
+    def _step(self, n: int) -> None:
+        self.blocks.embed(n)
         for i, layer in enumerate(self.layers):
-            self._norm(residual, layer.attn_norm, n)
-            self._attention(layer, i, n)
-            self._norm(self.branch, layer.ffn_norm, n)
-            self._feed_forward(layer, n)
-            residual = self.branch
-        if first == n:
-            return
-        self._norm(residual, self.output_norm, n)
-        if self.output.quantized:
-            self.normed.quantize(n - first, first)
-        self.output(self.normed, logits, n - first, first)
-
-    @staticmethod
-    def _quantize(x: Activations, n: int, *consumers: Linear) -> None:
-        if any(linear.quantized for linear in consumers):
-            x.quantize(n)
+            self.blocks.attention(layer, i, n)
+            self.blocks.feed_forward(layer, n)
+        self.blocks.finish(self.norm, n)
 
 
 def load(
@@ -221,12 +139,12 @@ def load(
         raise ValueError(f"context must be from 1 to the {config.n_context} that the model was made for, not {context}")
     if not 1 <= sequences <= 1024:
         raise ValueError(f"sequences must be from 1 to 1024, not {sequences}")
-    factors = file.tensors.get("rope_freqs.weight")
-    weights = Weights(file, device, progress)
-    if factors is not None:
-        n = config.rope.n_rot // 2
-        values = weights.vector("rope_freqs.weight", n).read(np.float32, (n,))
-        if not (values > 0).all():
+    context = context or min(config.n_context, MAX_DEFAULT_CONTEXT)
+    weights = open_weights(file, device, progress)
+    if "rope_freqs.weight" in file.tensors:
+        factors = weights.floats("rope_freqs.weight", config.rope.n_rot // 2)
+        if not (factors > 0).all():
             file.fail("tensor 'rope_freqs.weight' must be above 0 everywhere; convert the model again")
-        config = replace(config, rope=replace(config.rope, factors=values))
-    return Llama(file, config, weights, context or min(config.n_context, MAX_DEFAULT_CONTEXT), sequences)
+        config = replace(config, rope=replace(config.rope, factors=factors))
+    output = "output.weight" if "output.weight" in file.tensors else EMBEDDING
+    return Llama(config, weights, weights.blocks(config, EMBEDDING, output, sequences, context), context, sequences)

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ..driver import Buffer, Graph
+from ..driver import Device, Graph
 from ..errors import ContextLengthError, TokenizerError
 from ..gguf_file import GGUFFile, StringArray
-from .layers import Floats, KVCache, Weights
+from .layers import MAX_CAPTURED, Blocks, Floats, Weights
 
 if TYPE_CHECKING:
     from ..generate import Generation
     from ..sampling import SamplingParams
     from ..tokenizer import Tokenizer
 
-CHUNK = 128  # tokens of one forward pass
-MAX_CAPTURED = 8  # tokens of a pass that is captured once and replayed
+
+def open_weights(file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None) -> Weights[Any]:
+    """What takes the tensors of a file onto a device."""
+    if device.kind == "cpu":
+        from .cpu import CpuWeights
+
+        return CpuWeights(file, device, progress)
+    from .gpu import GpuWeights
+
+    return GpuWeights(file, device, progress)
 
 
 class Model:
@@ -29,23 +37,25 @@ class Model:
     A *sequence* (0 to `sequences` - 1) is a slot of the KV cache with its own tokens; `cached(sequence)` lists them.
     """
 
-    def __init__(
-        self, file: GGUFFile, weights: Weights, n_vocab: int, context: int, sequences: int, cache: KVCache
-    ) -> None:
-        self.file, self.device, self.kernels = file, weights.device, weights.kernels
-        self.n_vocab, self.context, self.sequences = n_vocab, context, sequences
-        self.weights_bytes, self.kv_cache = weights.memory, cache
-        self.tokens, self.positions, self.slots = (self.device.allocate(4 * CHUNK, "tokens") for _ in range(3))
-        self._logits = self.device.allocate(4 * n_vocab * MAX_CAPTURED, "logits")
+    def __init__(self, weights: Weights[Any], blocks: Blocks[Any], context: int, sequences: int) -> None:
+        self.file, self.device, self.kernels = weights.file, weights.device, weights.kernels
+        self.blocks, self._weights = blocks, weights
+        self.n_vocab, self.context, self.sequences = blocks.sizes.n_vocab, context, sequences
         self._graphs: dict[tuple[int, int], Graph] = {}
+        self._seen: set[tuple[int, int]] = set()
         self._cached: list[list[int]] = [[] for _ in range(sequences)]
         self._busy: set[int] = set()
         self._lock = threading.RLock()
         self._tokenizer: Tokenizer | None = None
 
-    def _step(self, n: int, logits: Buffer | Floats, first: int) -> None:
-        """Launches the pass over n tokens that lie in the input buffers; logits[i] are of token first + i < n."""
+    def _step(self, n: int) -> None:
+        """Launches the pass over n tokens that lie in the input buffers, up to the last norm."""
         raise NotImplementedError
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of weights on the device."""
+        return self._weights.memory
 
     @property
     def name(self) -> str:
@@ -112,18 +122,20 @@ class Model:
                 )
             del self._cached[slot][position:]
             every = np.empty((len(ids), self.n_vocab), np.float32) if logits == "all" else None
-            for at in range(0, len(ids), CHUNK):
-                part = ids[at : at + CHUNK]
+            chunk = self.blocks.chunk
+            for at in range(0, len(ids), chunk):
+                part = ids[at : at + chunk]
                 last = at + len(part) == len(ids)
-                self._put(part, np.arange(position + at, position + at + len(part)), np.full(len(part), slot))
+                self.blocks.put(part, np.arange(position + at, position + at + len(part)), np.full(len(part), slot))
                 if every is not None:
-                    self._step(len(part), every[at : at + len(part)], 0)
+                    self._step(len(part))
+                    self.blocks.read_output(0, every[at : at + len(part)])
                 else:
                     self._run(len(part), 1 if last else 0)
                 self._cached[slot].extend(part.tolist())
                 if progress is not None:
                     progress(at + len(part), len(ids))
-            return every if every is not None else self._logits.read(np.float32, (self.n_vocab,))
+            return every if every is not None else self.blocks.read_logits(1)[0]
 
     def forward_batch(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> Floats:
         """One next token for each of several sequences in one pass: logits [n, n_vocab].
@@ -140,30 +152,30 @@ class Model:
                     raise ValueError(f"sequence {sequence} holds {held} tokens, its next position is not {position}")
                 if position >= self.context:
                     raise ContextLengthError(f"sequence {sequence} has filled the context of {self.context}")
-            self._put(ids, np.asarray(positions), np.asarray(sequences))
+            self.blocks.put(ids, np.asarray(positions), np.asarray(sequences))
             self._run(n, n)
             for token, sequence in zip(ids.tolist(), sequences, strict=True):
                 self._cached[sequence].append(token)
-            return self._logits.read(np.float32, (n, self.n_vocab))
-
-    def _put(
-        self, ids: npt.NDArray[np.integer], positions: npt.NDArray[np.integer], slots: npt.NDArray[np.integer]
-    ) -> None:
-        for buffer, values in ((self.tokens, ids), (self.positions, positions), (self.slots, slots)):
-            buffer.write(values.astype(np.int32))
+            return self.blocks.read_logits(n)
 
     def _run(self, n: int, n_logits: int) -> None:
         """A pass over n tokens with logits of the last `n_logits`; short passes are captured once and replayed."""
-        first = n - n_logits
-        if n > MAX_CAPTURED:
-            self._step(n, self._logits, first)
-            return
-        graph = self._graphs.get((n, first))
-        if graph is None:
+        key = n, n_logits
+        if key in self._graphs:
+            self._graphs[key].launch(self.kernels.stream)
+        elif n > MAX_CAPTURED or key not in self._seen:  # the first of its kind loads what it needs, not captured
+            self._launch(n, n_logits)
+            self._seen.add(key)
+        else:
             with self.kernels.stream.capture() as graph:
-                self._step(n, self._logits, first)
-            self._graphs[n, first] = graph
-        graph.launch(self.kernels.stream)
+                self._launch(n, n_logits)
+            self._graphs[key] = graph
+            graph.launch(self.kernels.stream)
+
+    def _launch(self, n: int, n_logits: int) -> None:
+        self._step(n)
+        if n_logits:
+            self.blocks.output(n - n_logits, n_logits)
 
     def extend(
         self, tokens: Sequence[int], sequence: int = 0, progress: Callable[[int, int], None] | None = None

@@ -9,7 +9,7 @@ from ..targets import CpuTarget, GpuTarget
 from .compile import OUTPUT, CompileError, Object, Progress, build_objects
 from .compilers import compiler_objects
 from .cpu import cpu_objects
-from .gpu import gpu_objects
+from .gpu import engine_objects, gpu_objects
 
 
 def build(
@@ -17,18 +17,20 @@ def build(
     output: Path = OUTPUT,
     *,
     profile: str = "hip",
+    engine: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Builds the package's code objects that are not up to date into a folder: the installation's own, if not told
-    otherwise. Gives the files. See `build_objects` for the errors."""
-    return build_objects(plan(targets, profile=profile), output, jobs=jobs, progress=progress)
+    otherwise. Gives the files. See `plan` for `engine`, and `build_objects` for the errors."""
+    return build_objects(plan(targets, profile=profile, engine=engine), output, jobs=jobs, progress=progress)
 
 
 def plan(
     targets: Iterable[CpuTarget | GpuTarget],
     *,
     profile: str = "hip",
+    engine: bool = False,
     sources: Sequence[Path] = (),
     compiler: str = "zig",
     cubin: bool = False,
@@ -36,6 +38,7 @@ def plan(
 ) -> list[Object]:
     """The objects to build, of the package's kernels under a name profile, or of a user's `sources` in HIP.
 
+    `engine`: also those of the GPU engine, which an installation has beside the frameworks' kernels; zig makes them.
     `cubin`: machine code in place of PTX (nvcc). The compiler's warnings on a user's sources go to `warnings`. Raises
     `CompileError` for what cannot be made of each other.
     """
@@ -47,7 +50,8 @@ def plan(
     if compiler == "zig":
         if cubin:
             raise CompileError("a cubin needs NVIDIA's compiler: --compiler nvcc; drivers take -o FILE.ptx too")
-        return [*gpu_objects(gpus, profile, sources, warnings), *cpu_objects(cpus)]
+        ours = engine_objects(gpus) if engine else []
+        return [*gpu_objects(gpus, profile, sources, warnings), *ours, *cpu_objects(cpus)]
     if cpus:
         raise CompileError(f"{compiler} is for GPUs; {cpus[0].name} is compiled by zig: leave out --compiler")
     if len(sources) > 1:

@@ -1,4 +1,4 @@
-"""The GPUs' code objects: kernels/gpu/, or a user's own sources, as an AMD ELF or as PTX per target.
+"""The GPUs' code objects: kernels/gpu/, kernels/gpu/engine/ or a user's own sources, as an AMD ELF or PTX per target.
 
 AMD: each family is compiled to assembly, out of which the instruction facts come; the assembly of all families is
 assembled and linked, with one metadata note for all of them, as readers look at the first note only. Targets whose
@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import gzip
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..targets import GpuTarget, gpu_target
 from . import facts, zig
@@ -20,6 +22,8 @@ from .entry_points import HEADER, gpu_header
 
 SOURCES = PACKAGE / "kernels" / "gpu"
 UMBRELLA = SOURCES / "quantized.hip"
+ENGINE = SOURCES / "engine"
+ENGINE_UMBRELLA = ENGINE / "engine.hip"
 SIMULATION = ("simulate.h", "simulate.cpp")  # what no GPU's object includes
 HEADERS = "gpu"  # the folder of a build that holds the generated types.h
 # No contraction and no fast math: dequantization is bit for bit. No header of this machine's C library either.
@@ -32,25 +36,62 @@ LINK_FLAGS = "-m elf64_amdgpu --no-undefined -shared --discard-all -z norelro --
 
 
 def families() -> list[Path]:
-    """The package's sources, one a family; the heaviest first."""
-    sources = (p for p in SOURCES.glob("*.hip") if p != UMBRELLA)
+    """The sources of the frameworks' kernels, one a family; the heaviest first."""
+    return _heaviest_first(p for p in SOURCES.glob("*.hip") if p != UMBRELLA)
+
+
+def engine_families() -> list[Path]:
+    """The sources of the engine's kernels, as `families`."""
+    return _heaviest_first(p for p in ENGINE.glob("*.hip") if p != ENGINE_UMBRELLA)
+
+
+def _heaviest_first(sources: Iterable[Path]) -> list[Path]:
     return sorted(sources, key=lambda p: (-p.stat().st_size, p.name))
 
 
 def headers() -> list[Path]:
-    return sorted(p for p in SOURCES.rglob("*.h") if p.name not in SIMULATION)
+    """What every object may include; the engine has more of its own."""
+    found = (p for p in SOURCES.rglob("*.h") if p.name not in SIMULATION and ENGINE not in p.parents)
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What the objects of one build are made of.
+
+    `units` are compiled for AMD one by one and linked. `umbrella`, which includes them, is compiled for NVIDIA, as PTX
+    is not linked; None where there are several units and nothing includes them.
+    """
+
+    units: tuple[tuple[str, Path], ...]  # names that tell their parts apart, and files
+    umbrella: Path | None
+    headers: tuple[Path, ...]
+    of: Literal["frameworks", "engine", "user"]
+
+    def filename(self, target: GpuTarget) -> str:
+        return target.engine_filename if self.of == "engine" else target.filename
 
 
 def gpu_objects(
     targets: Iterable[GpuTarget], profile: str = "hip", sources: Sequence[Path] = (), warnings: list[str] | None = None
 ) -> list[Object]:
-    """The code objects of the targets: the package's kernels under a name profile, or a user's own `sources`.
+    """The code objects of the targets: the frameworks' kernels under a name profile, or a user's own `sources`.
 
     The compiler's warnings on a user's sources go to `warnings`; on ours they are errors.
     """
-    plan = _Plan(profile, tuple(sources), warnings if warnings is not None else [])
-    chosen = sorted(targets, key=lambda t: t.vendor == "amd")  # PTX is one long run each: it comes first
-    return [plan.amd(t) if t.vendor == "amd" else plan.nvidia(t) for t in chosen]
+    if sources:
+        units = tuple((f"{i}.{p.stem}", p) for i, p in enumerate(sources))
+        made_of = _Sources(units, sources[0] if len(sources) == 1 else None, tuple(headers()), "user")
+    else:
+        made_of = _Sources(tuple((p.stem, p) for p in families()), UMBRELLA, tuple(headers()), "frameworks")
+    return _Plan(profile, made_of, warnings if warnings is not None else []).objects(targets)
+
+
+def engine_objects(targets: Iterable[GpuTarget]) -> list[Object]:
+    """The code objects of the targets with the kernels of the engine."""
+    units = tuple((f"engine.{p.stem}", p) for p in engine_families())
+    made_of = _Sources(units, ENGINE_UMBRELLA, (*headers(), *sorted(ENGINE.rglob("*.h"))), "engine")
+    return _Plan("hip", made_of, []).objects(targets)
 
 
 def include_flags(scratch: Path) -> list[str]:
@@ -66,19 +107,22 @@ def prepare(profile: str, scratch: Path) -> None:
 class _Plan:
     """What the objects of one build have in common."""
 
-    def __init__(self, profile: str, sources: tuple[Path, ...], warnings: list[str]) -> None:
-        self.profile, self.sources, self.warnings = profile, sources, warnings
+    def __init__(self, profile: str, sources: _Sources, warnings: list[str]) -> None:
+        self.sources, self.warnings = sources, warnings
         flags = (FLAGS, STRICT, HIP_FLAGS, CUDA_FLAGS, LINK_FLAGS)
-        self.made_from = fingerprint(zig.version(), flags, gpu_header(profile), files=headers())
+        self.made_from = fingerprint(zig.version(), flags, gpu_header(profile), files=sources.headers)
         self.prepare = functools.partial(prepare, profile)
         self.joined_by = fingerprint(files=[Path(__file__), Path(facts.__file__)])
 
+    def objects(self, targets: Iterable[GpuTarget]) -> list[Object]:
+        chosen = sorted(targets, key=lambda t: t.vendor == "amd")  # PTX is one long run each: it comes first
+        return [self.amd(t) if t.vendor == "amd" else self.nvidia(t) for t in chosen]
+
     def amd(self, target: GpuTarget) -> Object:
         """Assembly of each family, assembled and linked. A user's sources may ask for a target: they have no twins."""
-        base = gpu_target(target.twin) if target.twin and not self.sources else target
+        base = gpu_target(target.twin) if target.twin and self.sources.of != "user" else target
         parts = []
-        for i, source in enumerate(self.sources or families()):
-            unit = f"{i}.{source.stem}" if self.sources else source.stem
+        for unit, source in self.sources.units:
             make = functools.partial(self._compile_amd, source, base, unit)
             made_from = fingerprint(self.made_from, base, files=[source])
             parts.append(Part(f"{base.name}.{unit}.s.gz", made_from, make))
@@ -88,22 +132,26 @@ class _Plan:
             _link_amd(listings, base, target, scratch, to)
             return {name: found for listing in listings for name, found in facts.amd_facts(listing).items()}
 
-        return Object(target.filename, target.name, tuple(parts), join, self.prepare, self.joined_by)
+        return self._object(target, parts, join)
 
     def nvidia(self, target: GpuTarget) -> Object:
         """PTX is not linked, so it comes out of one source."""
-        if len(self.sources) > 1:
+        source = self.sources.umbrella
+        if source is None:
             raise CompileError(f"PTX is not linked: give one source at a time for {target.name}, or include the others")
-        source = self.sources[0] if self.sources else UMBRELLA
-        files = [source] if self.sources else [source, *families()]
+        files = {source, *(path for _, path in self.sources.units)}
         make = functools.partial(self._compile_nvidia, source, target)
-        part = Part(target.filename, fingerprint(self.made_from, target, files=files), make)
+        part = Part(self.sources.filename(target), fingerprint(self.made_from, target, files=files), make)
 
         def join(files: Sequence[Path], scratch: Path, to: Path) -> Facts:
             to.write_bytes(files[0].read_bytes())
             return facts.ptx_facts(to.read_text())
 
-        return Object(target.filename, target.name, (part,), join, self.prepare, self.joined_by)
+        return self._object(target, [part], join)
+
+    def _object(self, target: GpuTarget, parts: Sequence[Part], join: Callable[..., Facts | None]) -> Object:
+        filename = self.sources.filename(target)
+        return Object(filename, Path(filename).stem, tuple(parts), join, self.prepare, self.joined_by)
 
     def _compile_amd(self, source: Path, target: GpuTarget, unit: str, scratch: Path, to: Path) -> None:
         machine = [f"--offload-arch={target.name}", f"-mcode-object-version={target.code_object}"]
@@ -118,7 +166,7 @@ class _Plan:
         self._clang(source, target, [*CUDA_FLAGS, *machine], scratch, to)
 
     def _clang(self, source: Path, target: GpuTarget, flags: list[str], scratch: Path, to: Path) -> None:
-        flags = [*flags, *FLAGS, *(() if self.sources else STRICT), *include_flags(scratch)]
+        flags = [*flags, *FLAGS, *(() if self.sources.of == "user" else STRICT), *include_flags(scratch)]
         try:
             said = zig.clang([*flags, "-S", source, "-o", to], f"compiling {source.name} for {target.name}")
         except CompileError as error:
@@ -138,7 +186,7 @@ def _link_amd(listings: Sequence[str], base: GpuTarget, target: GpuTarget, scrat
     units = [_retarget(re.sub(_METADATA, "", listing), base, target) for listing in listings]
     objects = []
     for i, text in enumerate([*units, _metadata(listings, target)]):
-        assembly = scratch / f"{target.name}.{i}.s"
+        assembly = scratch / f"{to.name}.{i}.s"
         assembly.write_text(text)
         objects.append(assembly.with_suffix(".o"))
         machine = f"-target amdgcn-amd-amdhsa -mcpu={target.name} -mcode-object-version={target.code_object}".split()

@@ -235,12 +235,14 @@ def read_code_object(path: str | Path) -> bytes:
 
 
 def inspect_installed() -> Inspection:
-    """What this installation embeds."""
+    """What this installation embeds: of a GPU's target the frameworks' kernels, and behind them the engine's."""
     found = Inspection("the installation", INSTALLED)
-    for path in sorted(p for p in QUANTIZED.folder.iterdir() if _is_code_object(p)):
+    paths = (p for p in QUANTIZED.folder.iterdir() if _is_code_object(p))
+    for path in sorted(paths, key=lambda p: (p.stem.endswith(".engine"), p.name)):
         of_file = inspect(path.read_bytes(), path.name, instructions=True)
         found.problems += of_file.problems
-        found.targets |= of_file.targets
+        for target, kernels in of_file.targets.items():
+            found.targets.setdefault(target, []).extend(kernels)
     return found
 
 
@@ -256,9 +258,12 @@ def _with_facts(kernels: list[KernelInfo], target: str, image: bytes, until: flo
     if not until:
         return kernels
     path = QUANTIZED.path("facts.json")
-    built = _built_facts(path, path.stat().st_mtime_ns).get(target.partition(":")[0], {}) if path else {}
-    if built.get("sha256") == hashlib.sha256(image).hexdigest():
-        counts: Mapping[str, Facts] | None = {name: Facts.from_json(row) for name, row in built["kernels"].items()}
+    counts: Mapping[str, Facts] | None
+    table = _built_facts(path, path.stat().st_mtime_ns) if path else {}
+    name, sha256 = target.partition(":")[0], hashlib.sha256(image).hexdigest()
+    built = next((b for stem in (name, f"{name}.engine") if (b := table.get(stem, {})).get("sha256") == sha256), None)
+    if built is not None:
+        counts = {kernel: Facts.from_json(row) for kernel, row in built["kernels"].items()}
     else:
         counts = disassemble.facts(image, until - time.monotonic())
     return kernels if counts is None else [replace(k, facts=counts.get(k.name, k.facts)) for k in kernels]

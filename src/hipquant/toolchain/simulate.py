@@ -2,11 +2,13 @@
 
 The sources are compiled with `kernels/gpu/simulate.h` as the device, and linked with `simulate.cpp` to a program that
 runs launches one after the other. With `sanitize` it is an executable under AddressSanitizer and UBSan, which takes
-gcc to link it, as `ziglang` has no sanitizer run time; without, a shared object that a child of this process loads.
+gcc to link it, as `ziglang` has no sanitizer run time; without, a shared object that a child of this process loads, or
+this process itself (`InProcess`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -25,7 +27,7 @@ import numpy as np
 
 from ..errors import HipquantError
 from ..targets import host_machine
-from ..wiring import Dim3, Kernel
+from ..wiring import Dim3, Kernel, Kind
 from . import gpu, zig
 from .cases import Case
 from .compile import CompileError, Object, Part, Progress, build_objects, fingerprint, run
@@ -34,7 +36,7 @@ from .entry_points import gpu_header
 
 RUNNER = gpu.SOURCES / "simulate.cpp"
 TIMEOUT = 120.0  # seconds that one launch may take
-NAME_BYTES, MAX_PARAMS = 128, 8
+NAME_BYTES, MAX_PARAMS, SAID_BYTES = 128, 16, 1024
 # Quick to build: -O1, checks as calls, and no indvars, which takes most of the time of mat_vec.hip (clang 22).
 SANITIZE = (
     "-O1 -gline-tables-only -fsanitize=address,undefined -fno-sanitize=function,vptr -fno-sanitize-recover=all"
@@ -48,7 +50,7 @@ _LINK = "-shared --gc-sections --build-id=none -z noexecstack".split()
 _EMULATION = {"x86_64": "elf_x86_64", "aarch64": "aarch64linux"}
 _LOADER = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).hq_simulate(0, 1, int(sys.argv[2])))"
 _PARAM = struct.Struct("<QII")
-_NUMBER, _READ, _WRITTEN = 0, 1, 2
+_NUMBER, _READ, _WRITTEN, _FLOAT = 0, 1, 2, 3
 
 
 class SimulationError(HipquantError, RuntimeError):
@@ -95,7 +97,8 @@ def _files(sources: Path | Sequence[Path] | None) -> list[Path]:
         return [Path(s).resolve() for s in sources]
     if sources.is_file():
         return [sources.resolve()]
-    found = sorted(p.resolve() for p in sources.glob("*.hip") if p.name != gpu.UMBRELLA.name)
+    every = (p.resolve() for p in sources.glob("*.hip") if p.name != gpu.UMBRELLA.name)
+    found = sorted(p for p in every if p != gpu.ENGINE_UMBRELLA.resolve())
     if not found:
         raise CompileError(f"there are no .hip files in {sources}")
     return found
@@ -158,7 +161,7 @@ def _table(names: Sequence[str]) -> str:
     return (
         'struct hq_kernel { const char* name; void (*run)(); };\nextern "C" {\n'
         f"{declared}extern const hq_kernel hq_kernels[] = {{{rows}{{nullptr, nullptr}}}};\n"
-        '__attribute__((section(".hq_shared"))) char hq_shared_end[8] = {1};\n}\n'
+        '__attribute__((section(".hq_shared"))) char hq_shared_end[8] __attribute__((aligned(8))) = {1};\n}\n'
     )
 
 
@@ -181,7 +184,7 @@ class Simulator:
         self,
         kernel: Kernel,
         grid: Dim3,
-        params: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.generic]] | int],
+        params: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.generic]] | int | float],
         offsets: Sequence[int] = (),
     ) -> None:
         """Runs a kernel on arrays and numbers in the order of the table; arrays that are not const change in place.
@@ -200,13 +203,13 @@ class Simulator:
                 if not const:
                     written.append(value)
             else:
-                rows.append(_PARAM.pack(int(value) & (1 << 64) - 1, _NUMBER, 0))
+                rows.append(_PARAM.pack(_bits(value, arg.kind), _FLOAT if arg.kind is Kind.FLOAT32 else _NUMBER, 0))
         rows += [bytes(_PARAM.size)] * (MAX_PARAMS - len(rows))
         message = b"".join([header, *rows, *data])
         try:
             results = self._exchange(message, [a.nbytes for a in written])
         except SimulationError as error:
-            story = re.sub(r"\bparameter (\d)", lambda m: f"parameter {kernel.args[int(m[1])].name}", str(error))
+            story = re.sub(r"\bparameter (\d+)", lambda m: f"parameter {kernel.args[int(m[1])].name}", str(error))
             raise SimulationError(f"{kernel.name}, simulated on waves of {self.wave}: {story}") from None
         for array, result in zip(written, results, strict=True):
             array[...] = np.frombuffer(result, array.dtype).reshape(array.shape)
@@ -277,6 +280,47 @@ class Simulator:
         return ", ".join(dict.fromkeys(_shorten(line) for line in lines if re.search(r"\.hip:\d", line)))
 
 
+def _bits(value: float, kind: Kind) -> int:
+    """The 8 bytes that a number is passed in."""
+    if kind is Kind.FLOAT32:
+        return int.from_bytes(struct.pack("<f", value), "little")
+    return int(value) & (1 << 64) - 1
+
+
+class InProcess:
+    """The kernels of a simulator that was built without sanitizers, in this process, on memory that addresses name.
+
+    Launches run one at a time. A fault that the simulator sees ends the launch alone; what the kernels write outside of
+    their arrays is not seen.
+    """
+
+    _lock = threading.Lock()  # of all: a library that is loaded twice is one
+
+    def __init__(self, simulator: Simulator) -> None:
+        if simulator.sanitize:
+            raise ValueError(f"{simulator} is a program, not a library: build it without sanitizers")
+        self.wave, self._library = simulator.wave, ctypes.CDLL(str(simulator.program))
+
+    def __contains__(self, name: str) -> bool:
+        with self._lock:
+            return bool(self._library.hq_has(name.encode()))
+
+    def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, params: Sequence[float]) -> None:
+        """Runs a kernel on addresses and numbers in the order of the table. Raises `SimulationError`."""
+        kinds, count = [a.kind for a in kernel.args], len(params)
+        values = (ctypes.c_uint64 * MAX_PARAMS)(*(_bits(v, kind) for v, kind in zip(params, kinds, strict=True)))
+        floats = sum(1 << i for i, kind in enumerate(kinds) if kind is Kind.FLOAT32)
+        said, sizes = ctypes.create_string_buffer(SAID_BYTES), ((ctypes.c_uint32 * 3)(*d) for d in (grid, block))
+        with self._lock:
+            failed = self._library.hq_launch(
+                kernel.name.encode(), *sizes, self.wave, values, count, floats, said, ctypes.c_ulong(SAID_BYTES)
+            )
+        if failed:
+            lines = re.sub(r" @0x\w+", "", said.value.decode(errors="replace")).splitlines()
+            story = "\n".join(_shorten(line) for line in lines)
+            raise SimulationError(f"{kernel.name}, simulated on waves of {self.wave}: {story}")
+
+
 # What the simulator says itself (its second line and on begin with blanks), and of a report the error, what was
 # accessed, the shared memory that it is near, and the frames in kernels' sources.
 _USEFUL = re.compile(
@@ -302,4 +346,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
-__all__ = ["CompileError", "SimulationError", "Simulator", "build", "cache_folder", "can_sanitize"]
+__all__ = ["CompileError", "InProcess", "SimulationError", "Simulator", "build", "cache_folder", "can_sanitize"]

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..targets import gpu_target
-from ..wiring import COMPATIBILITY, PROFILES, TABLE, Kernel, Kind, profile
-from .inspect import EMBEDDED, HOST
+from ..wiring import COMPATIBILITY, GPU_ENGINE, PROFILES, TABLE, Kernel, Kind, profile
+from .inspect import EMBEDDED, HOST, INSTALLED
 from .kernel_info import Inspection, KernelInfo
 
 Severity = Literal["error", "warning"]
 SIZES = {Kind.POINTER: 8, Kind.INT32: 4, Kind.INT64: 8, Kind.SIZE: 8, Kind.FLOAT32: 4}  # bytes
 DOT4_FAMILIES = ("mul_mat_vec", "mul_mat")  # products with q8_1 activations
 BUILD_FOR_ALL = "build it for every target: an #if may leave it out for this one"
+ENGINE_NAMES = frozenset(k.name for k in GPU_ENGINE)
 NEAREST_FOR = 20  # missing names of a target for which the nearest is looked up
 _MANGLED = re.compile(r"_Z(\d{1,4})(\w+)")
 
@@ -39,7 +40,7 @@ class Finding:
 
 
 def required_names(which: str = "hip") -> list[str]:
-    """The names that every code object must have under a name profile."""
+    """The names that every code object for frameworks must have under a name profile."""
     compatible = {k.name for k in COMPATIBILITY}
     return [k.name for original, k in zip(TABLE, profile(which), strict=True) if original.name in compatible]
 
@@ -47,7 +48,8 @@ def required_names(which: str = "hip") -> list[str]:
 def check(inspection: Inspection, profile: str = "hip", targets: Sequence[str] | None = None) -> list[Finding]:
     """What is wrong with a code object under a name profile; `targets` must be in it (default: those that are).
 
-    The names of `COMPATIBILITY` are required. Other rows of the table are checked where they are found.
+    The names of `COMPATIBILITY` are required; of a code object of the GPU engine, those of `GPU_ENGINE` in their place;
+    of an installation's GPU targets, both. Other rows of the table are checked where they are found.
     """
     return list(_check(inspection, profile, targets))
 
@@ -71,7 +73,7 @@ def _check(inspection: Inspection, which: str, targets: Sequence[str] | None) ->
         message = f"the names are those of the name profile {fitting}, not of {which}"
         yield Finding("error", "static", "", "", message, f"verify it with --profile {fitting}, or rename the kernels")
         return
-    yield from _names(chosen, required_names(which), rows)
+    yield from _names(chosen, _required(inspection, which), rows, inspection.kind == INSTALLED)
     for target, kernels in chosen.items():
         for kernel in kernels:
             row = rows.get(kernel.name)
@@ -79,9 +81,20 @@ def _check(inspection: Inspection, which: str, targets: Sequence[str] | None) ->
                 yield from _kernel(target, row, kernel)
 
 
+def is_engine(inspection: Inspection) -> bool:
+    """Whether a file is a code object of the GPU engine: it has names of its, and none that frameworks load."""
+    names = {k.name for kernels in inspection.targets.values() for k in kernels}
+    frameworks = {name for p in PROFILES for name in required_names(p)}
+    return inspection.kind != INSTALLED and bool(names & ENGINE_NAMES) and not names & frameworks
+
+
+def _required(inspection: Inspection, which: str) -> list[str]:
+    return [k.name for k in GPU_ENGINE] if is_engine(inspection) else required_names(which)
+
+
 def summary(inspection: Inspection, profile: str = "hip", targets: Sequence[str] | None = None) -> str:
     """`123 of 123 names in 33 targets`."""
-    names = set(required_names(profile))
+    names = set(_required(inspection, profile))
     counts = [
         len(names & {k.name for k in kernels})
         for target, kernels in inspection.targets.items()
@@ -119,13 +132,26 @@ def _fitting_profile(targets: dict[str, list[KernelInfo]]) -> str:
     return best if counts[best] else ""
 
 
-def _names(targets: dict[str, list[KernelInfo]], required: Sequence[str], rows: Collection[str]) -> Iterator[Finding]:
-    """Names that are missing or twice there; a name of one target must be in all others of its kind of processor."""
+def _names(
+    targets: dict[str, list[KernelInfo]], required: Sequence[str], rows: Collection[str], installed: bool
+) -> Iterator[Finding]:
+    """Names that are missing or twice there; a name of one target must be in all others of its kind of processor.
+
+    `installed`: GPU targets must have the engine's names too; one that has none lacks the file, which is one finding.
+    """
     counts = {target: Counter(k.name for k in kernels) for target, kernels in targets.items()}
     for group in ([t for t in counts if not _is_cpu(t)], [t for t in counts if _is_cpu(t)]):
         anywhere = set().union(*(counts[t] for t in group))
-        wanted = [*required, *sorted(anywhere & set(rows) - set(required))]
+        further = sorted(anywhere & set(rows) - set(required))
         for target in group:
+            wanted = [*required, *further]
+            if installed and not _is_cpu(target):
+                wanted = [*required, *(n for n in further if n not in ENGINE_NAMES)]
+                if counts[target].keys() & ENGINE_NAMES:
+                    wanted += sorted(ENGINE_NAMES)
+                else:
+                    message = "has no code object of the engine: no model runs on it"
+                    yield Finding("error", "static", target, "", message, f"hipquant build --target {target}")
             yield from _missing(target, wanted, {t: counts[t] for t in group})
             others = sorted(anywhere - set(rows) - set(counts[target]))
             if others:

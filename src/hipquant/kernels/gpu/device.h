@@ -96,6 +96,10 @@ HQ_INLINE uint16_t float_to_half(float v) {
     return __builtin_bit_cast(uint16_t, (_Float16)v);
 }
 
+// 2^v and the square root of v to 1 or 2 units in the last place; what is below 2^-126 may be 0.
+HQ_INLINE float exp2_approximate(float v) { return __builtin_amdgcn_exp2f(v); }
+HQ_INLINE float square_root(float v) { return __builtin_amdgcn_sqrtf(v); }
+
 // Bytes 2 to 5 of a | b << 32.
 HQ_INLINE uint32_t middle(uint32_t a, uint32_t b) { return __builtin_amdgcn_alignbit(b, a, 16); }
 
@@ -186,6 +190,16 @@ HQ_INLINE float half_to_float(uint32_t bits) {
 HQ_INLINE uint16_t float_to_half(float v) {
     uint16_t r;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
+    return r;
+}
+HQ_INLINE float exp2_approximate(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+HQ_INLINE float square_root(float v) {
+    float r;
+    asm("sqrt.rn.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
 // Bytes of a | b << 32, by nibbles of the selector: a number from 0 to 7, plus 8 for 8 times its sign.
@@ -446,6 +460,15 @@ template <class To, class From> HQ_INLINE To bits(From v) {
 template <int kMask> HQ_INLINE float shuffle_xor(float v) { return bits<float>(shuffle_xor<kMask>(bits<int>(v))); }
 
 HQ_INLINE float max2(float a, float b) { return a > b ? a : b; }
+
+constexpr float kLog2E = 1.44269502162933349609375f, kLog2ERest = 1.9259629911e-8f;  // their sum is log2(e)
+
+// e^v, relative error below 1e-6: of v log2(e), what does not fit a float is multiplied behind.
+HQ_INLINE float exp_(float v) {
+    v = v < -104 ? -104 : v > 89 ? 89 : v;  // 0 and infinity from there on; NaN stays
+    const float t = v * kLog2E, rest = __builtin_fmaf(v, kLog2ERest, __builtin_fmaf(v, kLog2E, -t));
+    return exp2_approximate(t) * __builtin_fmaf(rest, 0.693147180559945f, 1);
+}
 
 // Over the 32 lanes of a team, in every lane.
 HQ_INLINE float team_sum(float v) {

@@ -1,6 +1,7 @@
-// Runs simulated kernels: reads launches, runs each block's threads as fibers, writes the arrays back. One program for
-// all kernels of its sources, started by toolchain/simulate.py; it ends at the first fault, with a sentence on stderr.
-// Needs nothing but the C library, whose few functions are declared here.
+// Runs simulated kernels, each block's threads as fibers: one program for all kernels of its sources. In a process of
+// its own, started by toolchain/simulate.py, it reads launches and writes the arrays back (hq_simulate), and ends at
+// the first fault with a sentence on stderr. As a library it runs them on the caller's memory (hq_launch) and gives the
+// sentence back. Needs nothing but the C library, whose few functions are declared here.
 #include "device.h"
 
 extern "C" {
@@ -13,6 +14,7 @@ long read(int, void*, unsigned long);
 long write(int, const void*, unsigned long);
 int dprintf(int, const char*, ...);
 int vdprintf(int, const char*, __builtin_va_list);
+int vsnprintf(char*, unsigned long, const char*, __builtin_va_list);
 void _exit(int) __attribute__((noreturn));
 
 // The kernels of the sources and the end of what is in shared memory: generated, and linked last.
@@ -42,7 +44,8 @@ static void* __asan_get_report_address() { return nullptr; }
 static int __asan_report_present() { return 0; }
 #endif
 
-// hq_switch(save, to): leaves this stack, its pointer in *save, for another. What callees keep lies on the stacks.
+// hq_switch(save, to): leaves this stack, its pointer in *save, for another. What callees keep lies on the stacks. It
+// ends with a jump on x86-64: processors predict that a return goes to its call, which is elsewhere.
 #if defined(__x86_64__)
 asm(R"(.text
 .type hq_switch, @function
@@ -51,7 +54,8 @@ hq_switch:
     mov %rsp, (%rdi)
     mov %rsi, %rsp
     pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
-    ret
+    pop %rcx
+    jmp *%rcx
 )");
 constexpr int kReturn = 6, kFrame = 8;  // words: where the address lies, and the frame, which leaves the stack aligned
 #elif defined(__aarch64__)
@@ -77,7 +81,7 @@ constexpr int kReturn = 11, kFrame = 20;
 #endif
 extern "C" void hq_switch(void** save, void* to);
 
-constexpr int kMaxThreads = 1024, kMaxParams = 8, kTeam = 32, kMaxCopies = 32;
+constexpr int kMaxThreads = 1024, kMaxParams = 16, kMaxFloats = 4, kTeam = 32, kMaxCopies = 32;
 constexpr unsigned long kStack = 256 << 10;
 
 enum State { kReady, kBarrier, kTogether, kEnded };
@@ -96,9 +100,10 @@ struct Copy {
 };
 
 struct Fiber {
-    void* stack;
+    void* stack;  // null before it has run and after it has ended
     void* top;
     void* fake_stack;  // of AddressSanitizer
+    int x, y;
     State state;
     Site site;  // where it waits
     int value, mask;
@@ -113,52 +118,86 @@ struct Array {
     uint64_t bytes;
 };
 
+// Those who wait for each other: the threads of a block, or the lanes of a team.
+struct Meeting {
+    int waiting, first;  // how many, and who was first
+};
+
 static Fiber fibers[kMaxThreads];
+static Meeting of_block, of_team[kMaxThreads / kTeam];
+static void* stacks[kMaxThreads];  // those that no fiber has, from nstacks - 1 down: the last one used is in the caches
+static int nstacks;
 static struct {
     void (*run)();
-    uint32_t block[3];
-    uint64_t params[kMaxParams];
+    uint32_t grid[3], block[3];
+    uint64_t params[kMaxParams];  // whole numbers and pointers, and apart from them the floats, as they are passed
+    double floats[kMaxFloats];
     Array arrays[kMaxParams];
-    int threads, nparams, now;
+    int threads, nparams, now, ended;
     void* top;  // the scheduler's stack
     void* fake_stack;
     const void* bottom;
     unsigned long size;
+    void* home;  // the stack of who called hq_launch
+    char* said;  // where a fault is told; null: stderr, and the process ends
+    unsigned long said_size;
 } launch;
 
 // Faults
 
+static void say(const char* format, ...) {
+    __builtin_va_list args;
+    __builtin_va_start(args, format);
+    if (!launch.said) vdprintf(2, format, args);
+    else if (const int n = vsnprintf(launch.said, launch.said_size, format, args); n > 0) {
+        const unsigned long used = (unsigned long)n < launch.said_size ? (unsigned long)n : launch.said_size - 1;
+        launch.said += used, launch.said_size -= used;
+    }
+    __builtin_va_end(args);
+}
+[[noreturn]] static void go_home() {
+    void* nobody;
+    hq_switch(&nobody, launch.home);
+    __builtin_unreachable();
+}
+[[noreturn]] static void give_up() {
+    if (!launch.said) _exit(3);
+    go_home();  // the fibers stay where they are: the next launch has others
+}
+
 static void where() {
     const hq_thread& t = hq_now;
-    dprintf(2, "hipquant: block (%u, %u), thread (%d, %d): ", t.block_x, t.block_y, t.x, t.y);
+    say("hipquant: block (%u, %u), thread (%d, %d): ", t.block_x, t.block_y, t.x, t.y);
 }
 
 void hq_fault(const char* format, ...) {
+    char sentence[256];
     __builtin_va_list args;
     __builtin_va_start(args, format);
+    vsnprintf(sentence, sizeof sentence, format, args);
+    __builtin_va_end(args);
     where();
-    vdprintf(2, format, args);
-    dprintf(2, "\n");
-    _exit(3);
+    say("%s\n", sentence);
+    give_up();
 }
 
 static void describe(int thread) {
     const Fiber& f = fibers[thread];
-    if (f.state == kEnded) return (void)dprintf(2, "  thread %d has ended\n", thread);
+    if (f.state == kEnded) return say("  thread %d has ended\n", thread);
     const char* what = f.state == kBarrier ? "barrier" : f.state == kTogether ? "shuffle" : "start";
-    dprintf(2, "  thread %d waits at the %s in %s:%d @%p\n", thread, what, f.site.file, f.site.line, f.site.address);
+    say("  thread %d waits at the %s in %s:%d @%p\n", thread, what, f.site.file, f.site.line, f.site.address);
 }
 [[noreturn]] static void differ(const char* what, int one, int other) {
-    dprintf(2, "hipquant: block (%u, %u): %s\n", hq_now.block_x, hq_now.block_y, what);
+    say("hipquant: block (%u, %u): %s\n", hq_now.block_x, hq_now.block_y, what);
     describe(one);
     describe(other);
-    _exit(3);
+    give_up();
 }
 
 // AddressSanitizer and UBSan have written their report: which kernel, and which of its arrays is nearest.
 static void on_death() {
     where();
-    if (!__asan_report_present()) return (void)dprintf(2, "the report above\n");
+    if (!__asan_report_present()) return say("the report above\n");
     const int64_t at = (int64_t)__asan_get_report_address();
     int64_t nearest = 1 << 16;
     int which = -1;
@@ -167,11 +206,11 @@ static void on_death() {
         const int64_t distance = !begin ? nearest : at < begin ? begin - at : at - end;
         if (distance < nearest) nearest = distance, which = i;
     }
-    if (which < 0) return (void)dprintf(2, "not at one of its parameters\n");
+    if (which < 0) return say("not at one of its parameters\n");
     const Array& a = launch.arrays[which];
     const bool before = at < (int64_t)a.data;
-    dprintf(2, "byte %lld %s parameter %d of %llu bytes\n", (long long)(before ? (int64_t)a.data - at : nearest),
-            before ? "before" : "behind the end of", which, (unsigned long long)a.bytes);
+    say("byte %lld %s parameter %d of %llu bytes\n", (long long)(before ? (int64_t)a.data - at : nearest),
+        before ? "before" : "behind the end of", which, (unsigned long long)a.bytes);
 }
 
 // Fibers
@@ -183,50 +222,64 @@ __attribute__((no_sanitize("address"))) static void to_scheduler(bool ended) {
     __sanitizer_finish_switch_fiber(f.fake_stack, &launch.bottom, &launch.size);
 }
 
+// Whole numbers and pointers have registers, then places on the stack, in their order; floats have others.
 __attribute__((no_sanitize("address"))) static void fiber_main() {
     __sanitizer_finish_switch_fiber(nullptr, &launch.bottom, &launch.size);
     const uint64_t* p = launch.params;
-    using Run = void (*)(uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t);
-    ((Run)launch.run)(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]);  // whole numbers and pointers: in registers
+    const double* f = launch.floats;
+    using W = uint64_t;
+    using Run = void (*)(W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, double, double, double, double);
+    static_assert(kMaxParams == 16 && kMaxFloats == 4, "as many as are passed");
+    ((Run)launch.run)(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14],
+                      p[15], f[0], f[1], f[2], f[3]);
     fibers[launch.now].state = kEnded;
     to_scheduler(true);
 }
 
-__attribute__((no_sanitize("address"))) static void start(Fiber& f) {
-    if (!f.stack) f.stack = mmap(nullptr, kStack, 3, 0x4022, -1, 0);  // read and write; private, anonymous, no reserve
-    if (f.stack == (void*)-1) hq_fault("no memory for the stack of a thread");
-    void** frame = (void**)((uint64_t)f.stack + kStack) - kFrame;
+// What hq_switch goes to: a stack, by its end, on which `begin` is about to run.
+__attribute__((no_sanitize("address"))) static void* new_stack_top(void* end, void (*begin)()) {
+    void** frame = (void**)end - kFrame;
     for (int i = 0; i < kFrame; i++) frame[i] = nullptr;
-    frame[kReturn] = (void*)fiber_main;
-    f.top = frame, f.state = kReady, f.fake_stack = nullptr, f.ncopies = 0;
+    frame[kReturn] = (void*)begin;
+    return frame;
+}
+static void* new_stack() {
+    void* stack = mmap(nullptr, kStack, 3, 0x4022, -1, 0);  // read and write; private, anonymous, no reserve
+    if (stack == (void*)-1) hq_fault("no memory for the stack of a thread");
+    return stack;
 }
 
 static void resume(int thread) {
-    launch.now = thread;
-    hq_now.x = thread % (int)launch.block[0], hq_now.y = thread / (int)launch.block[0];
-    __sanitizer_start_switch_fiber(&launch.fake_stack, fibers[thread].stack, kStack);
-    hq_switch(&launch.top, fibers[thread].top);
+    Fiber& f = fibers[thread];
+    if (!f.stack) {
+        f.stack = nstacks ? stacks[--nstacks] : new_stack();
+        f.top = new_stack_top((char*)f.stack + kStack, fiber_main), f.fake_stack = nullptr;
+    }
+    launch.now = thread, hq_now.x = f.x, hq_now.y = f.y;
+    __sanitizer_start_switch_fiber(&launch.fake_stack, f.stack, kStack);
+    hq_switch(&launch.top, f.top);
     __sanitizer_finish_switch_fiber(launch.fake_stack, nullptr, nullptr);
+    if (f.state != kEnded) return;
+    stacks[nstacks++] = f.stack, f.stack = nullptr;
+    launch.ended++;
 }
 
 // Lets others run until the threads [first, last) have come here too: true in the last one, which acts for all.
-static bool gather(State state, int first, int last, const Site& site, const char* differently) {
+static bool gather(State state, Meeting& meeting, int first, int last, const Site& site, const char* differently) {
     const int me = launch.now;
     Fiber& f = fibers[me];
     f.state = state, f.site = site;
-    int missing = 0;
-    for (int i = first; i < last; i++) {
-        if (fibers[i].state != state) missing++;
-        else if (!(fibers[i].site == site)) differ(differently, i, me);
-    }
-    if (missing) return to_scheduler(false), false;
+    if (!meeting.waiting) meeting.first = me;
+    else if (!(fibers[meeting.first].site == site)) differ(differently, meeting.first, me);
+    if (++meeting.waiting < last - first) return to_scheduler(false), false;
+    meeting.waiting = 0;
     for (int i = first; i < last; i++) fibers[i].state = kReady;
     return true;
 }
 
 void hq_barrier(const char* file, int line) {
     const Site site{file, line, __builtin_return_address(0)};
-    gather(kBarrier, 0, launch.threads, site, "threads of a block wait at different barriers");
+    gather(kBarrier, of_block, 0, launch.threads, site, "threads of a block wait at different barriers");
 }
 
 // The lanes that do something together, which must all exist.
@@ -244,7 +297,8 @@ int hq_shuffle_xor(int v, int mask, int lanes, const char* file, int line) {
     const int first = first_lane(lanes), me = launch.now;
     if (mask < 0 || mask >= lanes) hq_fault("a shuffle with mask %d among %d lanes", mask, lanes);
     fibers[me].value = v, fibers[me].mask = mask;
-    if (gather(kTogether, first, first + lanes, site, "lanes of a team meet at different shuffles")) {
+    if (gather(kTogether, of_team[first / kTeam], first, first + lanes, site,
+               "lanes of a team meet at different shuffles")) {
         int values[64];
         for (int i = 0; i < lanes; i++) values[i] = fibers[first + i].value;
         for (int i = 0; i < lanes; i++) fibers[first + i].value = values[i ^ fibers[first + i].mask];
@@ -272,7 +326,8 @@ void hq_mma(int* c, const uint32_t* a, const uint32_t* b, int k, const char* fil
     const int first = first_lane(kTeam);
     Fiber& f = fibers[launch.now];
     f.c = c, f.a = a, f.b = b;
-    if (gather(kTogether, first, first + kTeam, site, "lanes of a team meet at different matrix products"))
+    if (gather(kTogether, of_team[first / kTeam], first, first + kTeam, site,
+               "lanes of a team meet at different matrix products"))
         multiply(fibers + first, k);
 }
 
@@ -295,39 +350,94 @@ void hq_wait_copies() {
     f.ncopies = 0;
 }
 
-// Shared memory holds what earlier blocks left there, so to speak: NaN as float and as half.
-__attribute__((no_sanitize("address"))) static void poison_shared_memory() {
-    const uint64_t end = (uint64_t)hq_shared_end;
-    for (uint64_t p = (uint64_t)shared_begin; p < end; p++) *(volatile uint8_t*)p = p % 2 ? 0xFF : 0xCD;
+// Shared memory holds what earlier blocks left there, so to speak: NaN as float and as half. All kernels' is much more
+// than one writes to, so that in the caller's process, where speed matters, all of it is filled before the first block,
+// and then what that one changed.
+constexpr uint64_t kPoison = 0xFFCDFFCDFFCDFFCD, kPiece = 256;
+static uint8_t* changed[4096];  // pieces of shared memory
+static int nchanged;
+
+__attribute__((no_sanitize("address"))) static void poison(uint8_t* begin, uint8_t* end) {
+    for (; begin < end; begin += 8) *(volatile uint64_t*)begin = kPoison;
+}
+static uint8_t* shared_end() { return (uint8_t*)hq_shared_end; }
+static void find_changed() {
+    nchanged = 0;
+    for (uint8_t* p = (uint8_t*)shared_begin; p < shared_end(); p += kPiece)
+        for (uint64_t i = 0; i < kPiece && p + i < shared_end(); i += 8) {
+            if (*(volatile uint64_t*)(p + i) == kPoison) continue;
+            if (nchanged == (int)(sizeof changed / sizeof *changed)) hq_fault("too much shared memory is written to");
+            changed[nchanged++] = p;
+            break;
+        }
+}
+static void poison_shared_memory(bool first) {
+    if (first || !launch.said) return poison((uint8_t*)shared_begin, shared_end());
+    for (int i = 0; i < nchanged; i++) {
+        uint8_t* end = changed[i] + kPiece;
+        poison(changed[i], end < shared_end() ? end : shared_end());
+    }
+}
+
+// None can go on.
+[[noreturn]] static void deadlock() {
+    int waiting = -1, out = -1;
+    for (int i = 0; i < launch.threads; i++) {
+        if (fibers[i].state == kEnded) out = i;
+        if (fibers[i].state == kTogether || (fibers[i].state == kBarrier && waiting < 0)) waiting = i;
+    }
+    for (int i = 0; i < launch.threads && out < 0; i++)
+        if (fibers[i].state != fibers[waiting].state) out = i;
+    differ("threads wait for others that do not come", waiting, out < 0 ? waiting : out);
 }
 
 // Between two barriers threads run one after the other: upwards on waves of 32, downwards on waves of 64, so that what
 // misses a barrier reads too early in one of them.
 static void run_block() {
-    poison_shared_memory();
-    for (int i = 0; i < launch.threads; i++) start(fibers[i]);
-    for (int ended = 0; ended < launch.threads;) {
+    const bool upwards = hq_now.wave == 32;
+    const int n = launch.threads;
+    for (int i = 0; i < n; i++) fibers[i].state = kReady, fibers[i].ncopies = 0;
+    for (launch.ended = 0; launch.ended < n;) {
         bool moved = false;
-        int waiting = -1, out = -1;
-        ended = 0;
-        for (int i = 0; i < launch.threads; i++) {
-            const int t = hq_now.wave == 32 ? i : launch.threads - 1 - i;
+        for (int i = 0; i < n; i++) {
+            const int t = upwards ? i : n - 1 - i;
             if (fibers[t].state == kReady) resume(t), moved = true;
         }
-        for (int i = 0; i < launch.threads; i++) {
-            moved |= fibers[i].state == kReady;
-            ended += fibers[i].state == kEnded;
-            if (fibers[i].state == kEnded) out = i;
-            if (fibers[i].state == kTogether || (fibers[i].state == kBarrier && waiting < 0)) waiting = i;
-        }
-        if (moved || ended == launch.threads) continue;
-        for (int i = 0; i < launch.threads && out < 0; i++)
-            if (fibers[i].state != fibers[waiting].state) out = i;
-        differ("threads wait for others that do not come", waiting, out < 0 ? waiting : out);
+        if (!moved) deadlock();
     }
 }
 
 // Launches
+
+static void find(const char* name) {
+    launch.run = nullptr;
+    for (const hq_kernel* k = hq_kernels; k->name; k++) {
+        const char *a = k->name, *b = name;
+        while (*a && *a == *b) a++, b++;
+        if (*a == *b) launch.run = k->run;
+    }
+}
+
+static void run_grid() {
+    for (int i = 0; i < launch.threads; i++)
+        fibers[i].x = i % (int)launch.block[0], fibers[i].y = i / (int)launch.block[0];
+    for (uint32_t y = 0; y < launch.grid[1]; y++)
+        for (uint32_t x = 0; x < launch.grid[0]; x++) {
+            const bool first = x == 0 && y == 0;
+            hq_now.block_x = x, hq_now.block_y = y;
+            poison_shared_memory(first);
+            run_block();
+            if (first && launch.said) find_changed();
+        }
+}
+
+static void set_geometry(const uint32_t* grid, const uint32_t* block, int nparams) {
+    for (int i = 0; i < 3; i++) launch.grid[i] = grid[i], launch.block[i] = block[i];
+    const uint64_t threads = (uint64_t)block[0] * block[1];
+    launch.threads = (int)threads, launch.nparams = nparams;
+    if (threads < 1 || threads > kMaxThreads || block[2] != 1 || grid[2] != 1 || nparams < 0 || nparams > kMaxParams)
+        hq_fault("%llu threads, %d parameters", (unsigned long long)threads, nparams);
+}
 
 static bool take(int from, void* to, uint64_t bytes) {
     for (uint64_t at = 0; at < bytes;) {
@@ -351,34 +461,30 @@ struct Message {
     uint32_t grid[3], block[3], nparams, zero;
     struct {
         uint64_t value;  // or the bytes of an array
-        uint32_t kind;   // 0 a number, 1 an array that is read, 2 one that is written and goes back
+        uint32_t kind;   // 0 a number, 1 an array that is read, 2 one that is written and goes back, 3 a float
         uint32_t offset;  // bytes beyond a multiple of 16 at which it lies
     } params[kMaxParams];
 };
 
 static void load(int in, const Message& m) {
     launch = {};
-    for (const hq_kernel* k = hq_kernels; k->name; k++) {
-        const char *a = k->name, *b = m.name;
-        while (*a && *a == *b) a++, b++;
-        if (*a == *b) launch.run = k->run;
-    }
+    find(m.name);
     if (!launch.run) hq_fault("there is no such kernel in these sources");
-    for (int i = 0; i < 3; i++) launch.block[i] = m.block[i];
-    launch.threads = (int)(m.block[0] * m.block[1] * m.block[2]);
-    launch.nparams = (int)m.nparams;
-    if (launch.threads < 1 || launch.threads > kMaxThreads || m.nparams > kMaxParams)
-        hq_fault("%d threads, %d parameters", launch.threads, launch.nparams);
+    set_geometry(m.grid, m.block, (int)m.nparams);
+    int nwords = 0, nfloats = 0;
     for (int i = 0; i < launch.nparams; i++) {
-        launch.params[i] = m.params[i].value;
-        if (!m.params[i].kind) continue;
+        const uint64_t value = m.params[i].value;
+        if (m.params[i].kind == 3 && nfloats == kMaxFloats) hq_fault("more than %d floats", kMaxFloats);
+        if (m.params[i].kind == 3) launch.floats[nfloats++] = __builtin_bit_cast(double, value);
+        if (m.params[i].kind == 0) launch.params[nwords++] = value;
+        if (m.params[i].kind % 3 == 0) continue;
         Array& a = launch.arrays[i];
-        a.bytes = m.params[i].value;
+        a.bytes = value;
         a.base = (uint8_t*)malloc(a.bytes + m.params[i].offset), a.data = a.base + m.params[i].offset;
         if (!a.base || !take(in, a.data, a.bytes))
             hq_fault("parameter %d of %llu bytes did not arrive", i, (unsigned long long)a.bytes);
         if (m.params[i].kind == 1) a.original = (uint8_t*)malloc(a.bytes), memcpy(a.original, a.data, a.bytes);
-        launch.params[i] = (uint64_t)a.data;
+        launch.params[nwords++] = (uint64_t)a.data;
     }
 }
 
@@ -404,14 +510,61 @@ extern "C" __attribute__((visibility("default"))) int hq_simulate(int in, int ou
     while (take(in, &m, sizeof m)) {
         load(in, m);
         hq_now.wave = wave;
-        for (uint32_t y = 0; y < m.grid[1]; y++)
-            for (uint32_t x = 0; x < m.grid[0]; x++) hq_now.block_x = x, hq_now.block_y = y, run_block();
+        run_grid();
         finish(out);
     }
     return 0;
 }
 
 extern "C" int main(int, char** argv) { return hq_simulate(0, 1, argv[1][0] == '6' ? 64 : 32); }
+
+// Whether there is a kernel of this name.
+extern "C" __attribute__((visibility("default"))) int hq_has(const char* name) {
+    find(name);
+    return launch.run != nullptr;
+}
+
+static struct {
+    const char* name;
+    const uint32_t *grid, *block;
+    const uint64_t* params;
+    int nparams;
+    uint32_t floats;
+    bool done;
+} call;
+static void run_call() {
+    find(call.name);
+    if (!launch.run) hq_fault("there is no such kernel in these sources");
+    set_geometry(call.grid, call.block, call.nparams);
+    int nwords = 0, nfloats = 0;
+    for (int i = 0; i < call.nparams; i++) {
+        const bool is_float = call.floats >> i & 1;
+        if (is_float && nfloats == kMaxFloats) hq_fault("more than %d floats", kMaxFloats);
+        if (is_float) launch.floats[nfloats++] = __builtin_bit_cast(double, call.params[i]);
+        else launch.params[nwords++] = call.params[i];
+    }
+    run_grid();
+    call.done = true;
+    go_home();
+}
+
+// Runs one launch on the memory that its parameters point to: each has 8 bytes, and bit i of `floats` says that it is a
+// float. 0; or 1 after a fault, which is told in `said`. One call at a time.
+extern "C" __attribute__((visibility("default"))) int hq_launch(const char* name, const uint32_t* grid,
+    const uint32_t* block, int wave, const uint64_t* params, int nparams, uint32_t floats, char* said,
+    unsigned long said_size) {
+    static char stack[64 << 10] __attribute__((aligned(16)));
+    launch = {};
+    launch.said = said, launch.said_size = said_size, said[0] = 0;
+    call = {name, grid, block, params, nparams, floats, false};
+    hq_now = {0, 0, 0, 0, wave};
+    of_block = {};
+    for (Meeting& m : of_team) m = {};
+    for (Fiber& f : fibers)
+        if (f.stack) stacks[nstacks++] = f.stack, f.stack = nullptr;  // after a fault
+    hq_switch(&launch.home, new_stack_top(stack + sizeof stack, run_call));
+    return call.done ? 0 : 1;
+}
 
 // Half precision, rounded to nearest even, without the processor's help.
 

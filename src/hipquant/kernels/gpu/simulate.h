@@ -77,6 +77,19 @@ HQ_INLINE void keep_order() {}
 
 HQ_INLINE float half_to_float(uint32_t bits) { return hq_half_to_float(bits); }
 HQ_INLINE uint16_t float_to_half(float v) { return hq_float_to_half(v); }
+// 2^v without the C library's help: 2^(v - n) by its series, n the nearest whole number. Rounded, below 2^-126 0.
+HQ_INLINE float exp2_approximate(float v) {
+    if (v >= 128) return __builtin_inff();
+    if (v < -126) return 0;
+    if (v != v) return v;
+    const int n = (int)(v < 0 ? v - 0.5f : v + 0.5f);
+    const double x = (v - (double)n) * 0.693147180559945309;
+    double term = 1, sum = 1;
+    for (int i = 1; i < 12; i++) sum += term *= x / i;
+    return (float)(sum * __builtin_bit_cast(double, (uint64_t)(1023 + n) << 52));
+}
+HQ_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
+
 HQ_INLINE uint32_t middle(uint32_t a, uint32_t b) { return a >> 16 | b << 16; }
 
 HQ_INLINE const void* aligned_to(int bytes, const void* p, const char* what) {

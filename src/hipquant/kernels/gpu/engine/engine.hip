@@ -1,0 +1,7 @@
+// Every family of the engine in one translation unit.
+#include "norm.hip"
+#include "rope.hip"
+#include "attention.hip"
+#include "activation.hip"
+#include "mat_vec_float.hip"
+#include "sample.hip"

@@ -1,0 +1,196 @@
+"""Models on the CPU: weights packed 16 rows together, activations as q8 tiles, one launch a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .. import wiring
+from ..driver import Buffer, Device
+from ..errors import OutOfDeviceMemoryError
+from ..gguf_file import GGUFFile, TensorInfo
+from ..quants import FLOAT_TYPES, QuantType
+from ..wiring import PACK_ROWS
+from .layers import MAX_CAPTURED, PART, Blocks, Floats, Kernels, Layer, Matrix, Sizes, Weights
+
+ALIGNMENT = 64  # of a tensor's place
+TILE_BYTES = 44  # of 32 activations in a q8 tile: d, two sums, 32 bytes (kernels/cpu/tile.h)
+TILE_COLUMNS = 16
+CHUNK = 128  # tokens of one forward pass
+
+
+class Activations:
+    """Columns of activations, as floats and, for quantized weights, as q8 tiles: `n_max` columns of k values."""
+
+    def __init__(self, kernels: Kernels, k: int, n_max: int) -> None:
+        self.kernels, self.k = kernels, k
+        self.floats = kernels.device.allocate(4 * k * n_max, "activations")
+        columns = -(-n_max // TILE_COLUMNS) * TILE_COLUMNS
+        self.tiles = kernels.device.allocate(columns * -(-k // 32) * TILE_BYTES, "activations")
+        self._quantize = wiring.kernel("quantize_q8_tiles")
+
+    def quantize(self, n: int, first: int = 0) -> None:
+        """Makes the tiles of n columns from the floats, from column `first` on. k must be a multiple of 32."""
+        source = self.floats.address + 4 * self.k * first
+        self.kernels(self._quantize, self._quantize.grid(k=self.k, ncols=n), source, self.tiles, self.k, n)
+
+
+@dataclass
+class Linear:
+    """A weight matrix (rows, k) on a device: packed 16 rows together, or as it lies in the file for float types."""
+
+    kernels: Kernels
+    type: QuantType
+    rows: int
+    k: int
+    weights: Buffer
+    bias: Buffer | None
+
+    def __post_init__(self) -> None:
+        self.quantized = self.type not in FLOAT_TYPES
+        self._product = wiring.find("mul_mat_packed" if self.quantized else "mul_mat_float", self.type)
+        self._grid = self._product.grid(nrows=self.rows)
+
+    def __call__(self, x: Activations, dst: Buffer | Floats, n: int, first: int = 0) -> None:
+        """dst[n][rows] = x[first : first + n] times the weights. The tiles of x must be made of the same columns."""
+        source = x.tiles.address if self.quantized else x.floats.address + 4 * self.k * first
+        self.kernels(self._product, self._grid, self.weights, source, dst, self.k, self.rows, n, self.rows)
+        if self.bias is not None:
+            self.kernels(wiring.kernel("add_bias_f32"), (n, 1, 1), dst, self.bias, self.rows)
+
+
+class CpuWeights(Weights[tuple[Linear, ...]]):
+    """Weights in the host's memory."""
+
+    def __init__(self, file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None = None) -> None:
+        super().__init__(file, device, progress)
+        free = device.free_memory
+        if free is not None and self._total > free:
+            raise OutOfDeviceMemoryError(self._total, free, f"the weights of {file.path.name}")
+        # One place for all, so that it comes in huge pages throughout; what is not used is never touched.
+        padding = sum(PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT for t in file.tensors.values())
+        self._place, self._used = device.allocate(self._total + padding, f"the weights of {file.path.name}"), 0
+
+    def embedding(self, name: str, rows: int, k: int) -> Buffer:
+        """Mapped, not copied."""
+        info = self.info(name, (rows, k))
+        self._check_type(info)
+        for _, _, part in self._checked_parts(info, max(1, PART // info.type.row_bytes(k)), k):
+            self._count(part.nbytes, 0)
+        return self.device.upload(self.file.data(name))
+
+    def blocks(self, sizes: Sizes, embedding: str, output: str, sequences: int, context: int) -> CpuBlocks:
+        return CpuBlocks(self, sizes, embedding, output, sequences, context)
+
+    def products(self, k: int, *matrices: Matrix) -> tuple[Linear, ...]:
+        """Quantized types are packed, part by part, and their mapping is let go."""
+        return tuple(self._linear(name, rows, k, bias) for name, rows, bias in matrices)
+
+    def _linear(self, name: str, rows: int, k: int, bias: str | None) -> Linear:
+        info = self.info(name, (rows, k))
+        self._check_type(info)
+        if info.type in FLOAT_TYPES:
+            self.file.check_scales(name)
+            weights = self.device.upload(self.file.data(name))
+            self._count(info.nbytes, info.nbytes)
+        else:
+            weights = self._pack(info, rows, k)
+        return Linear(self.kernels, info.type, rows, k, weights, self.optional_vector(bias, rows) if bias else None)
+
+    def _pack(self, info: TensorInfo, rows: int, k: int) -> Buffer:
+        kernel, row_bytes = wiring.find("pack", info.type), info.type.row_bytes(k)
+        packed = self._take(-(-rows // PACK_ROWS) * PACK_ROWS * row_bytes)
+        step = max(PACK_ROWS, PART // row_bytes // PACK_ROWS * PACK_ROWS)
+        for first, n, part in self._checked_parts(info, step, k):
+            self.kernels(kernel, kernel.grid(nrows=n), part, packed.address + first * row_bytes, k, n)
+            self._count(part.nbytes, part.nbytes)
+        return packed
+
+    def _take(self, nbytes: int) -> Buffer:
+        """The next part of the place for weights: each tensor is packed at most once."""
+        start = -(-self._used // ALIGNMENT) * ALIGNMENT
+        self._used = start + nbytes
+        return self._place.view(start, nbytes)
+
+
+class CpuBlocks(Blocks[tuple[Linear, ...]]):
+    """The blocks of a model on the CPU. The layout of the KV cache is the kernels' own (kernels/cpu/kv_cache.h)."""
+
+    def __init__(
+        self, weights: CpuWeights, sizes: Sizes, embedding: str, output: str, sequences: int, context: int
+    ) -> None:
+        s, device = sizes, weights.device
+        super().__init__(weights, s, embedding, CHUNK, sequences, context)
+        self.embedding = weights.embedding(embedding, s.n_vocab, s.n_embd)
+        (self.unembedding,) = weights.products(s.n_embd, Matrix(output, s.n_vocab))
+        self.table = device.allocate(self.rope_table.nbytes, "the RoPE table")
+        self.table.write(self.rope_table)
+        each = 2 * sequences * s.n_head_kv * self.n_context * s.head_dim
+        self.keys, self.values = (
+            [device.allocate(each, "the KV cache", sparse=True) for _ in range(s.n_layer)] for _ in range(2)
+        )
+
+        def floats(k: int) -> Buffer:
+            return device.allocate(4 * CHUNK * k, "activations")
+
+        self.x = floats(s.n_embd)
+        self.normed = Activations(self.kernels, s.n_embd, CHUNK)
+        self.attended = Activations(self.kernels, s.n_head * s.head_dim, CHUNK)
+        self.gated = Activations(self.kernels, s.n_ff, CHUNK)
+        self.q, self.k, self.v = (floats(heads * s.head_dim) for heads in (s.n_head, s.n_head_kv, s.n_head_kv))
+        self.gate, self.up, self.branch = floats(s.n_ff), floats(s.n_ff), floats(s.n_embd)
+        self.logits = device.allocate(4 * s.n_vocab * MAX_CAPTURED, "logits")
+
+    def embed(self, n: int) -> None:
+        super().embed(n)
+        get_rows, k = wiring.find("get_rows", self.embedding_type), self.sizes.n_embd
+        row_bytes = self.embedding_type.row_bytes(k)
+        self.kernels(get_rows, get_rows.grid(nids=n, k=k), self.embedding, self.tokens, self.x, k, row_bytes)
+
+    def _norm(self, weight: Buffer, n: int) -> None:
+        """What the last branch gave is added to the residual stream on the way."""
+        kernel, s = wiring.kernel("add_rms_norm_f32"), self.sizes
+        branch = self.branch if self.branched else None
+        self.kernels(kernel, kernel.grid(rows=n), self.x, branch, weight, self.normed.floats, s.n_embd, s.eps)
+        self.branched = True
+
+    def attention(self, layer: Layer[tuple[Linear, ...]], i: int, n: int) -> None:
+        s, rope, attention = self.sizes, wiring.kernel("rope_store_kv"), wiring.kernel("attention_f16")
+        self._norm(layer.attn_norm, n)
+        _multiply(layer.qkv, self.normed, n, self.q, self.k, self.v)
+        where = (self.keys[i], self.values[i])
+        heads = (s.n_head, s.n_head_kv, s.head_dim)
+        tokens = (self.positions, self.slots)
+        self.kernels(rope, rope.grid(ntokens=n), self.q, self.k, self.v, *where, self.table, *tokens, *heads,
+                     s.rope.n_rot, self.n_context)  # fmt: skip
+        self.kernels(attention, attention.grid(n_head_kv=s.n_head_kv, ntokens=n), self.q, *where,
+                     self.attended.floats, *tokens, *heads, self.n_context, s.head_dim**-0.5)  # fmt: skip
+        _multiply(layer.attn_output, self.attended, n, self.branch)
+
+    def feed_forward(self, layer: Layer[tuple[Linear, ...]], n: int) -> None:
+        silu, count = wiring.kernel("silu_mul_f32"), n * self.sizes.n_ff
+        self._norm(layer.ffn_norm, n)
+        _multiply(layer.gate_up, self.normed, n, self.gate, self.up)
+        self.kernels(silu, silu.grid(n=count), self.gate, self.up, self.gated.floats, count)
+        _multiply(layer.down, self.gated, n, self.branch)
+
+    def finish(self, norm: Buffer, n: int) -> None:
+        self._norm(norm, n)
+
+    def output(self, first: int, n: int) -> None:
+        self._output(first, n, self.logits)
+
+    def read_output(self, first: int, logits: Floats) -> None:
+        self._output(first, len(logits), logits)
+
+    def _output(self, first: int, n: int, to: Buffer | Floats) -> None:
+        if self.unembedding.quantized:
+            self.normed.quantize(n, first)
+        self.unembedding(self.normed, to, n, first)
+
+
+def _multiply(matrices: tuple[Linear, ...], x: Activations, n: int, *to: Buffer) -> None:
+    if any(linear.quantized for linear in matrices):
+        x.quantize(n)
+    for linear, dst in zip(matrices, to, strict=True):
+        linear(x, dst, n)

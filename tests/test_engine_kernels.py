@@ -1,0 +1,420 @@
+"""The GPU engine's kernels, simulated under AddressSanitizer and UBSan, against float64 written out here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from hipquant import wiring
+from hipquant.quants import padded
+from hipquant.toolchain import gpu, simulate
+from hipquant.toolchain.simulate import Simulator
+
+Floats = npt.NDArray[np.float32]
+Wide = npt.NDArray[np.float64]
+Halves = npt.NDArray[np.uint16]
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int32]
+
+ENGINE = gpu.SOURCES / "engine"
+NULL = 0
+QK, BLOCK_BYTES = 32, 36
+pytestmark = pytest.mark.skipif(
+    not simulate.can_sanitize(),
+    reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
+)
+
+
+@pytest.fixture(scope="module", params=[32, 64], ids=lambda wave: f"wave{wave}")
+def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator]:
+    sources = sorted(p for p in ENGINE.glob("*.hip") if p != gpu.ENGINE_UMBRELLA)
+    simulator = simulate.build(request.param, True, sources)
+    yield simulator
+    simulator.close()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng([ord(c) for c in request.node.name])
+
+
+def launch(simulator: Simulator, name: str, sizes: dict[str, int], *params: npt.NDArray[np.generic] | float) -> None:
+    """Launches a kernel of the table with the grid that it gives for `sizes`."""
+    row = wiring.kernel(name)
+    simulator.launch(row, row.grid(**sizes), params)  # type: ignore[arg-type]
+
+
+def poison(*shape: int) -> Floats:
+    return np.full(shape, np.nan, np.float32)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Floats:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def halves(values: npt.ArrayLike) -> Halves:
+    return np.asarray(values, np.float32).astype(np.float16).view(np.uint16)
+
+
+def wide(values: Halves) -> Wide:
+    return values.view(np.float16).astype(np.float64)
+
+
+def assert_close(found: npt.ArrayLike, expected: npt.ArrayLike, tolerance: float = 2e-6) -> None:
+    """Within a tolerance of the greatest of the expected values, and NaN where they are."""
+    scale = float(np.nanmax(np.abs(np.asarray(expected, np.float64)), initial=0))
+    np.testing.assert_allclose(found, expected, rtol=2 * tolerance, atol=tolerance * scale)
+
+
+def q8_1_of(values: Floats, n_padded: int) -> tuple[Bytes, Halves, Wide]:
+    """Rows as q8_1 in the arithmetic of quantize_q8_1: the integers, the scales as halves, and the sums."""
+    rows, n = values.shape
+    x = np.zeros((rows, n_padded), np.float32)
+    x[:, :n] = values
+    x = x.reshape(rows, -1, QK)
+    d = np.abs(x).max(-1) / np.float32(127)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        quants = np.where(d[..., None] > 0, np.clip(np.rint(x / d[..., None]), -127, 127), 0).astype(np.int8)
+    return quants.view(np.uint8), halves(d), x.sum(-1, dtype=np.float64)
+
+
+def check_q8_1(blocks: Bytes, values: Floats, n_padded: int) -> None:
+    """The blocks are those of the floats that the same kernel has written, bit for bit but for the sum."""
+    rows = len(values)
+    blocks = blocks.reshape(rows, n_padded // QK, BLOCK_BYTES)
+    quants, d, sums = q8_1_of(values, n_padded)
+    ok = ~np.isnan(sums)
+    np.testing.assert_array_equal(blocks[..., 4:][ok], quants[ok])
+    scales = np.ascontiguousarray(blocks[..., :4]).view(np.uint16)
+    np.testing.assert_array_equal(scales[..., 0][ok], d[ok])
+    assert np.isnan(wide(scales[..., 0])[~ok]).all()
+    size = np.abs(values).max(initial=0, where=~np.isnan(values)) * QK
+    np.testing.assert_allclose(wide(scales[..., 1])[ok], sums[ok], rtol=1e-3, atol=1e-6 * size)
+    behind = -(-values.shape[1] // QK)
+    assert not blocks[:, behind:].any()
+
+
+def outputs(rows: int, n: int, n_padded: int, which: str) -> tuple[Floats | int, Bytes | int]:
+    """Poisoned arrays for y and q, or null: which is "y", "q" or "yq"."""
+    y = poison(rows, n) if "y" in which else NULL
+    q = np.full((rows, n_padded // QK * BLOCK_BYTES), 0xA5, np.uint8) if "q" in which else NULL
+    return y, q
+
+
+def check_outputs(run: Callable[..., None], rows: int, n: int, expected: Wide, tolerance: float = 2e-6) -> None:
+    """Runs a kernel `run(y, q, n_padded)` with both outputs, padded and not, and with each alone."""
+    for n_padded in (padded(n), n):
+        y, q = outputs(rows, n, n_padded, "yq")
+        assert isinstance(y, np.ndarray)
+        assert isinstance(q, np.ndarray)
+        run(y, q, n_padded)
+        assert_close(y, expected, tolerance)
+        check_q8_1(q, y, n_padded)
+    for which in "yq":
+        alone = outputs(rows, n, n, which)
+        run(*alone, n)
+        for found, wanted in zip(alone, (y, q), strict=True):
+            if isinstance(found, np.ndarray):
+                np.testing.assert_array_equal(found, wanted)
+
+
+# Norm
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Wide:
+    v = x.astype(np.float64)
+    return v * weight / np.sqrt((v * v).mean(-1, keepdims=True) + eps)
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize(("rows", "n"), [(1, 32), (3, 96), (2, 4096 + 32), (2, 576)])
+def test_norm(simulator: Simulator, rng: np.random.Generator, rows: int, n: int, with_residual: bool) -> None:
+    x, residual, weight = normal(rng, rows, n), normal(rng, rows, n), normal(rng, n)
+    x[-1] *= 300
+    sum = x + residual if with_residual else x
+
+    def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
+        stream = x.copy()
+        params = stream, residual if with_residual else NULL, weight, y, q, n, n_padded, 1e-5
+        launch(simulator, "add_rms_norm_q8_1", {"rows": rows}, *params)
+        np.testing.assert_array_equal(stream, sum)
+
+    check_outputs(run, rows, n, rms_norm(sum, weight, 1e-5))
+
+
+@pytest.mark.parametrize("n", [1, 7, 258, 1023])
+def test_norm_of_any_length(simulator: Simulator, rng: np.random.Generator, n: int) -> None:
+    """Without q8_1 a row need not be whole blocks, nor aligned to 16 bytes."""
+    x, residual, weight, y = normal(rng, 3, n), normal(rng, 3, n), normal(rng, n), poison(3, n)
+    stream = x.copy()
+    launch(simulator, "add_rms_norm_q8_1", {"rows": 3}, stream, residual, weight, y, NULL, n, n, 1e-6)
+    np.testing.assert_array_equal(stream, x + residual)
+    assert_close(y, rms_norm(stream, weight, 1e-6))
+
+
+def test_norm_of_zeros_and_nan(simulator: Simulator, rng: np.random.Generator) -> None:
+    x = normal(rng, 3, 64)
+    x[0], x[1, 5] = 0, np.nan
+    expected = rms_norm(x, np.ones(64, np.float32), 1e-5)
+    assert np.isnan(expected[1]).all()
+
+    def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
+        weight = np.ones(64, np.float32)
+        launch(simulator, "add_rms_norm_q8_1", {"rows": 3}, x.copy(), NULL, weight, y, q, 64, n_padded, 1e-5)
+
+    check_outputs(run, 3, 64, expected)
+
+
+# RoPE and the KV cache
+
+
+@pytest.mark.parametrize(
+    ("n_head", "n_head_kv", "head_dim", "n_rot"),
+    [(4, 2, 64, 64), (3, 1, 128, 128), (2, 2, 48, 32), (1, 1, 2, 2), (4, 1, 256, 64), (2, 1, 10, 0)],
+)
+def test_rope(
+    simulator: Simulator, rng: np.random.Generator, n_head: int, n_head_kv: int, head_dim: int, n_rot: int
+) -> None:
+    n_context, slots = 6, 3
+    position, slot = np.array([0, 5, 3, 3], np.int32), np.array([2, 0, 1, 2], np.int32)
+    heads = n_head + 2 * n_head_kv
+    qkv = normal(rng, 4, heads, head_dim)
+    angle = rng.uniform(-3, 3, (n_context, n_rot // 2))
+    rope = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
+    cache = np.full((2, slots, n_head_kv, n_context, head_dim), 0x7E55, np.uint16)
+    found, k_cache, v_cache = qkv.copy(), cache[0].copy(), cache[1].copy()
+    table = rope if n_rot else np.zeros(1, np.float32)
+    params = found, k_cache, v_cache, table, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context
+    sizes = {"n_head": n_head, "n_head_kv": n_head_kv, "ntokens": 4}
+    launch(simulator, "rope_store_kv_f16", sizes, *params)
+
+    turn = rope[position].astype(np.float64)[:, None, :, :]
+    a, b = (qkv[..., i:n_rot:2].astype(np.float64) for i in (0, 1))
+    rotated = qkv.astype(np.float64)
+    rotated[..., 0:n_rot:2] = a * turn[..., 0] - b * turn[..., 1]
+    rotated[..., 1:n_rot:2] = a * turn[..., 1] + b * turn[..., 0]
+    assert_close(found[:, :n_head], rotated[:, :n_head])
+    np.testing.assert_array_equal(found[:, n_head:], qkv[:, n_head:])
+    for t in range(4):
+        keys = k_cache[slot[t], :, position[t]]
+        # A half of the float's neighbour is as good, where the float's rounding decides.
+        np.testing.assert_allclose(wide(keys), rotated[t, n_head : n_head + n_head_kv], rtol=2**-11 * 1.01, atol=1e-6)
+        np.testing.assert_array_equal(keys[:, n_rot:], halves(qkv[t, n_head : n_head + n_head_kv, n_rot:]))
+        np.testing.assert_array_equal(v_cache[slot[t], :, position[t]], halves(qkv[t, n_head + n_head_kv :]))
+        cache[:, slot[t], :, position[t]] = 0
+        k_cache[slot[t], :, position[t]] = v_cache[slot[t], :, position[t]] = 0
+    np.testing.assert_array_equal(k_cache, cache[0])
+    np.testing.assert_array_equal(v_cache, cache[1])
+
+
+# Attention
+
+
+def attention(
+    queries: Floats, keys: Halves, values: Halves, begin: int, end: int, scale: float
+) -> tuple[Wide, float, float]:
+    """Over positions begin to end of one head: sum of weighted values, greatest score, sum of weights."""
+    if begin >= end:
+        return np.zeros(len(queries)), -np.inf, 0.0
+    scores = wide(keys[begin:end]) @ queries.astype(np.float64) * scale
+    weights = np.exp(scores - scores.max())
+    return weights @ wide(values[begin:end]), float(scores.max()), float(weights.sum())
+
+
+ATTENTION = [
+    # head_dim, n_head, n_head_kv, splits, positions
+    (64, 1, 1, 1, [0]),
+    (64, 6, 2, 2, [0, 31, 32, 33]),
+    (128, 8, 2, 7, [500, 1]),
+    (128, 8, 1, 2, [500, 33]),
+    (128, 2, 2, 1, [31, 130]),
+    (48, 4, 4, 7, [33, 65]),
+    (48, 5, 1, 1, [70]),
+    (2, 3, 1, 2, [40, 0]),
+    (50, 3, 3, 2, [70, 3]),
+    (256, 4, 1, 2, [33, 90]),
+    (256, 1, 1, 3, [500]),
+    (80, 12, 4, 1, [17, 64]),
+    (250, 2, 1, 2, [40]),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "n_head", "n_head_kv", "splits", "positions"), ATTENTION)
+def test_attention(
+    simulator: Simulator,
+    rng: np.random.Generator,
+    head_dim: int,
+    n_head: int,
+    n_head_kv: int,
+    splits: int,
+    positions: list[int],
+) -> None:
+    """Each part against the softmax of its share, then the parts put together against that of all positions."""
+    ntokens, n_context, slots = len(positions), max(positions) + 2, len(positions) + 1
+    position = np.array(positions, np.int32)
+    slot = np.arange(slots - 1, 0, -1, dtype=np.int32)[:ntokens]
+    group, scale = n_head // n_head_kv, 1.5 / np.sqrt(head_dim)
+    qkv = normal(rng, ntokens, n_head + 2 * n_head_kv, head_dim)
+    # Behind a token's position the cache is NaN.
+    cache = np.full((2, slots, n_head_kv, n_context, head_dim), 0x7E00, np.uint16)
+    for t in range(ntokens):
+        cache[:, slot[t], :, : positions[t] + 1] = halves(normal(rng, 2, n_head_kv, positions[t] + 1, head_dim))
+    partial = poison(ntokens, n_head, splits, head_dim + 2)
+    sizes = {"n_head_kv": n_head_kv, "splits": splits, "ntokens": ntokens}
+    numbers = n_head, n_head_kv, head_dim, n_context, splits, float(scale)
+    launch(simulator, "attention_split_f16", sizes, qkv, cache[0], cache[1], partial, position, slot, *numbers)
+
+    expected = np.zeros((ntokens, n_head, head_dim))
+    for t, head in np.ndindex(ntokens, n_head):
+        length, query = positions[t] + 1, qkv[t, head]
+        keys, values = cache[0, slot[t], head // group], cache[1, slot[t], head // group]
+        share = -(-length // (32 * splits)) * 32
+        for split in range(splits):
+            begin, end = split * share, min((split + 1) * share, length)
+            sums, top, weights = attention(query, keys, values, begin, end, scale)
+            part = partial[t, head, split]
+            assert_close(part[:head_dim], sums)
+            np.testing.assert_allclose(part[head_dim:], [top, weights], rtol=4e-6, atol=2e-6)
+        sums, _, weights = attention(query, keys, values, 0, length, scale)
+        expected[t, head] = sums / weights
+
+    def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
+        sizes = {"n_padded": n_padded, "ntokens": ntokens}
+        launch(simulator, "attention_combine_q8_1", sizes, partial, y, q, n_head, head_dim, splits, n_padded)
+
+    n = n_head * head_dim
+    if n % QK == 0:
+        check_outputs(run, ntokens, n, expected.reshape(ntokens, n))
+    else:
+        y = poison(ntokens, n)
+        run(y, NULL, n)
+        assert_close(y, expected.reshape(ntokens, n))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 10])
+def test_attention_of_great_scores(simulator: Simulator, rng: np.random.Generator, head_dim: int) -> None:
+    """Scores of several hundreds, of both signs: no weight overflows, and the greatest one counts."""
+    n = 70
+    qkv = 30 * np.ones((1, 3, head_dim), np.float32)
+    keys = halves(np.repeat(rng.uniform(-20, 20, (n, 1)), head_dim, 1)).reshape(1, 1, n, head_dim)
+    values = halves(normal(rng, 1, 1, n, head_dim))
+    partial, at, slot = poison(1, 1, 2, head_dim + 2), np.array([n - 1], np.int32), np.zeros(1, np.int32)
+    sizes = {"n_head_kv": 1, "splits": 2, "ntokens": 1}
+    numbers = 1, 1, head_dim, n, 2, 0.05
+    launch(simulator, "attention_split_f16", sizes, qkv, keys, values, partial, at, slot, *numbers)
+    y = poison(1, head_dim)
+    sizes = {"n_padded": head_dim, "ntokens": 1}
+    launch(simulator, "attention_combine_q8_1", sizes, partial, y, NULL, 1, head_dim, 2, head_dim)
+    sums, _, weights = attention(qkv[0, 0], keys[0, 0], values[0, 0], 0, n, 0.05)
+    assert_close(y[0], sums / weights, 2e-4)  # a score of 1000 is a float to 6e-5
+
+
+def test_attention_of_nan(simulator: Simulator, rng: np.random.Generator) -> None:
+    """It goes through to the result: of a query to all of its head, of a value to its place in all heads."""
+    n, head_dim = 40, 64
+    qkv, cache = normal(rng, 1, 4, head_dim), halves(normal(rng, 2, 1, 1, n, head_dim))
+    qkv[0, 0, 3], cache[1, 0, 0, 35, 7] = np.nan, 0x7E00
+    partial = np.zeros((1, 2, 1, head_dim + 2), np.float32)
+    at, slot = np.array([n - 1], np.int32), np.zeros(1, np.int32)
+    sizes = {"n_head_kv": 1, "splits": 1, "ntokens": 1}
+    numbers = 2, 1, head_dim, n, 1, 0.125
+    launch(simulator, "attention_split_f16", sizes, qkv, cache[0], cache[1], partial, at, slot, *numbers)
+    y = np.zeros((2, head_dim), np.float32)
+    sizes = {"n_padded": 2 * head_dim, "ntokens": 1}
+    launch(simulator, "attention_combine_q8_1", sizes, partial, y, NULL, 2, head_dim, 1, 2 * head_dim)
+    assert np.isnan(y[0]).all()
+    np.testing.assert_array_equal(np.isnan(y[1]), np.arange(head_dim) == 7)
+
+
+# Activation and bias
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 32), (3, 96), (2, 1024 + 32)])
+def test_silu(simulator: Simulator, rng: np.random.Generator, rows: int, n: int) -> None:
+    gate_up = 4 * normal(rng, rows, 2 * n)
+    gate_up[:, :16] = np.linspace(-120, 120, 16)
+    gate_up[-1, [20, n - 1]] = np.nan  # of its block of q8_1 alone
+    gate, up = gate_up[:, :n].astype(np.float64), gate_up[:, n:]
+
+    def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
+        launch(simulator, "silu_mul_q8_1", {"n_padded": n_padded, "rows": rows}, gate_up, y, q, n, n_padded)
+
+    check_outputs(run, rows, n, gate / (1 + np.exp(-gate)) * up, 1e-6)
+
+
+def test_silu_is_exact_where_it_is_small(simulator: Simulator) -> None:
+    """The relative error of e^x: with up = 1, silu(gate) / gate = 1 / (1 + e^-gate)."""
+    n = 1000
+    gate = np.linspace(-85, 20, n).astype(np.float32)
+    gate[0] = np.nan
+    y = poison(1, n)
+    gate_up = np.concatenate([gate, np.ones(n, np.float32)])[None]
+    launch(simulator, "silu_mul_q8_1", {"n_padded": n, "rows": 1}, gate_up, y, NULL, n, n)
+    exact = gate.astype(np.float64)
+    np.testing.assert_allclose(y[0], exact / (1 + np.exp(-exact)), rtol=1e-6)
+    assert np.isnan(y[0, 0])
+
+
+@pytest.mark.parametrize(("n", "stride"), [(1, 3), (256, 256), (300, 700)])
+def test_bias(simulator: Simulator, rng: np.random.Generator, n: int, stride: int) -> None:
+    x, bias = normal(rng, 3, stride), normal(rng, n)
+    found = x.copy()
+    launch(simulator, "add_bias_rows_f32", {"n": n, "rows": 3}, found, bias, n, stride)
+    np.testing.assert_array_equal(found[:, :n], x[:, :n] + bias)
+    np.testing.assert_array_equal(found[:, n:], x[:, n:])
+
+
+# Float weights
+
+
+def float_weights(rng: np.random.Generator, kind: str, rows: int, k: int) -> tuple[npt.NDArray[np.generic], Wide]:
+    """Random weights as a file has them, and what they are."""
+    x = normal(rng, rows, k)
+    if kind == "f32":
+        return x, x.astype(np.float64)
+    if kind == "f16":
+        return halves(x), wide(halves(x))
+    top = (x.view(np.uint32) >> 16).astype(np.uint32)
+    return top.astype(np.uint16), (top << 16).view(np.float32).astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize(
+    ("rows", "k", "ncols", "offset"),
+    [(1, 1, 1, 0), (5, 33, 3, 0), (6, 512, 1, 0), (7, 608, 6, 0), (3, 264, 9, 4), (4, 1028, 2, 0), (2, 30, 4, 0)],
+)
+def test_float_products(
+    simulator: Simulator, rng: np.random.Generator, kind: str, rows: int, k: int, ncols: int, offset: int
+) -> None:
+    """Rows that begin at multiples of 16 bytes and rows that do not, ends that fill no vector, columns 1 to 9."""
+    weights, exact = float_weights(rng, kind, rows, k)
+    y, nrows_dst = normal(rng, ncols, k), rows + 2
+    dst = poison(ncols, nrows_dst)
+    row = wiring.kernel(f"mul_mat_vec_float_{kind}")
+    params = weights, y, dst, k, rows, ncols, nrows_dst
+    simulator.launch(row, row.grid(nrows=rows, ncols=ncols), params, [offset, offset, 0, 0, 0, 0, 0])
+    assert_close(dst[:, :rows], y.astype(np.float64) @ exact.T)
+    assert np.isnan(dst[:, rows:]).all()
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("n", [1, 31, 256, 1000])
+def test_argmax(simulator: Simulator, rng: np.random.Generator, n: int) -> None:
+    x = normal(rng, 8, n)
+    x[1] = rng.integers(0, 3, n)  # equals
+    x[2] = np.nan
+    x[3, : n // 2] = np.nan
+    x[4] = -np.inf
+    x[5, : n // 3], x[5, n // 3 :] = np.nan, -np.inf
+    x[6, n - 1] = np.inf
+    x[7] = -0.0
+    x[7, n // 2] = 0.0
+    ids = np.full(8, -1, np.int32)
+    launch(simulator, "argmax_f32", {"rows": 8}, x, ids, n)
+    expected = [next((i for i in range(n) if row[i] == np.fmax.reduce(row)), 0) for row in x]
+    np.testing.assert_array_equal(ids, expected)

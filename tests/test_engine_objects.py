@@ -1,0 +1,100 @@
+"""The embedded code objects of the GPU engine: every kernel of the table, as it is launched, on every target."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hipquant.codeobjects import ENGINE, QUANTIZED
+from hipquant.driver import Device
+from hipquant.errors import KernelNotFoundError
+from hipquant.targets import GPU_TARGETS, NVIDIA_TARGETS, GpuTarget, gpu_target
+from hipquant.toolchain.compile import FACTS, build_objects
+from hipquant.toolchain.gpu import engine_objects
+from hipquant.toolchain.inspect import inspect
+from hipquant.toolchain.verify import SIZES, check, is_engine, summary
+from hipquant.wiring import COMPATIBILITY, GPU_ENGINE, Kind
+
+LDS = 48 << 10  # bytes that every GPU gives a block
+NAMES = {k.name for k in GPU_ENGINE}
+PTXAS = shutil.which("ptxas")
+
+
+def built(target: GpuTarget) -> Path:
+    path = ENGINE.targets().get(target.name)
+    if path is None:
+        pytest.skip(f"{target.name} is not built: HIPQUANT_TARGETS")
+    return path
+
+
+def test_the_engine_has_names_of_its_own() -> None:
+    assert {"add_rms_norm_q8_1", "rope_store_kv_f16", "attention_split_f16", "mul_mat_vec_float_bf16"} <= NAMES
+    assert not NAMES & {k.name for k in COMPATIBILITY}
+    assert not {p.name for p in ENGINE.files()} & {p.name for p in QUANTIZED.files()}
+
+
+def test_the_cpu_has_one_object_for_both(cpu: Device) -> None:
+    assert cpu.get_or_load_func("add_rms_norm_f32", ENGINE).name == "add_rms_norm_f32"
+    with pytest.raises(KernelNotFoundError, match="no kernel 'add_rms_norm_q8_1' .*nearest: .*add_rms_norm_f32"):
+        cpu.get_or_load_func("add_rms_norm_q8_1", ENGINE)
+
+
+@pytest.mark.parametrize("target", GPU_TARGETS, ids=lambda t: t.name)
+def test_every_kernel_on_every_target(target: GpuTarget) -> None:
+    """Names, arguments, wave and limits are the table's; no scratch memory, no spills; facts of the very bytes."""
+    path = built(target)
+    found = inspect(path.read_bytes(), path.name, instructions=True)
+    assert is_engine(found)
+    assert check(found) == []
+    assert summary(found) == f"{len(NAMES)} of {len(NAMES)} names in 1 target"
+    (kernels,) = found.targets.values()
+    assert list(found.targets) == [target.name]
+    assert sorted(k.name for k in kernels) == sorted(NAMES)
+    by_name = {k.name: k for k in kernels}
+    for row in GPU_ENGINE:
+        kernel = by_name[row.name]
+        assert kernel.args is not None
+        assert [a.size for a in kernel.args] == [SIZES[a.kind] for a in row.args], row.name
+        if target.vendor == "amd":
+            assert [a.kind == "pointer" for a in kernel.args] == [a.kind is Kind.POINTER for a in row.args], row.name
+            assert (kernel.scratch, kernel.vgpr_spills, kernel.sgpr_spills) == (0, 0, 0), row.name
+        assert kernel.wave == target.wave, row.name
+        assert kernel.max_workgroup == math.prod(row.block), row.name
+        assert kernel.lds is not None
+        assert kernel.lds <= LDS, row.name
+        assert kernel.loadable
+        assert kernel.facts is not None
+        assert kernel.facts.instructions > 0
+    facts = json.loads((ENGINE.folder / FACTS).read_text())[path.stem]
+    assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert set(facts["kernels"]) == NAMES
+
+
+@pytest.mark.parametrize("name", ["gfx90c", "gfx9-4-generic", "gfx12-generic"])
+def test_twins_have_the_same_machine_code(name: str, tmp_path: Path) -> None:
+    """Compiled for itself, a target gives the bytes that were made of its twin's assembly."""
+    target = gpu_target(name)
+    path = built(target)
+    (real,) = build_objects(engine_objects([dataclasses.replace(target, twin="")]), tmp_path)
+    assert real.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.skipif(PTXAS is None, reason="ptxas, which tells the registers and spills of PTX, is not installed")
+@pytest.mark.parametrize("target", NVIDIA_TARGETS, ids=lambda t: t.name)
+def test_the_ptx_needs_no_stack(target: GpuTarget, tmp_path: Path) -> None:
+    path, cubin = built(target), tmp_path / "engine.cubin"
+    command = [str(PTXAS), f"-arch={target.name}", "-v", str(path), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    told = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert told == [("0", "0", "0")] * len(NAMES)
+    (kernels,) = inspect(cubin.read_bytes()).targets.values()
+    assert {k.name for k in kernels} == NAMES
+    assert {k.scratch for k in kernels} == {0}
