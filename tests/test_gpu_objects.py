@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_devices import ADD, HEADER, Fake, amd_elf, fake_device, fake_driver  # noqa: F401
+from hipquant import wiring
 from hipquant.cli.app import cli
-from hipquant.codeobjects import QUANTIZED, CodeObjects, bundle
+from hipquant.codeobjects import ENGINE, QUANTIZED, CodeObjects, bundle
 from hipquant.driver import gpu
 from hipquant.driver import gpu_symbols as symbols
-from hipquant.driver.gpu_module import Module
+from hipquant.driver.gpu_module import Module, ptx_pieces
 from hipquant.driver.gpu_objects import GENERIC, GpuModel, check_whole, choose, image_for, ptx_target, unfit
 from hipquant.errors import DriverError, InvalidCodeObjectError, KernelNotFoundError
-from hipquant.targets import AMD_TARGETS, GPU_TARGETS
+from hipquant.targets import AMD_TARGETS, GPU_TARGETS, NVIDIA_TARGETS
 
 
 def test_choice_of_a_target() -> None:
@@ -239,3 +240,21 @@ def test_the_target_that_ptx_names() -> None:
         b"int main() { .version 8.0 .target sm_90 }",
     ):
         assert ptx_target(other) == ""
+
+
+def test_ptx_kernel_by_kernel() -> None:
+    """Our PTX falls into as many texts as it has kernels; what kernels share keeps it whole."""
+    for container, rows in ((QUANTIZED, [*wiring.COMPATIBILITY]), (ENGINE, wiring.GPU_ENGINE)):
+        for target in NVIDIA_TARGETS:
+            if target.name in container.targets():
+                pieces = ptx_pieces(container.targets()[target.name].read_bytes() + b"\0")
+                assert pieces.keys() >= {k.name for k in rows}
+                for name, text in pieces.items():
+                    assert text.count(b".entry") == 1 and f".entry {name}(".encode() in text
+                    assert text.startswith(b".version") and f".target {target.name}\n".encode() in text
+    two = b".version 6.4\n.target sm_75\n.address_size 64\n" + b"".join(
+        b"// one\n.visible .entry %s(\n\t.param .u64 a\n)\n{\n\tret;\n}\n" % name for name in (b"f", b"g")
+    )
+    assert ptx_pieces(two).keys() == {"f", "g"}
+    assert ptx_pieces(two + b".global .u32 counter;\n") == {}
+    assert ptx_pieces(two + b".func h()\n{\n\tret;\n}\n") == {}

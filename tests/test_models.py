@@ -16,8 +16,8 @@ import pytest
 
 import hipquant as hq
 from hipquant.errors import ContextLengthError, InvalidModelFileError, TokenizerError, UnsupportedQuantTypeError
-from hipquant.models.layers import Rope
 from hipquant.models.cpu import CHUNK
+from hipquant.models.layers import Rope
 from hipquant.models.model import common_prefix
 from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType
 from models import ROPE_VARIANTS, write_llama

@@ -158,7 +158,9 @@ class Device(base.Device):
         with self._lock:
             module = self._modules.get(code_object)
             if module is None:
-                module = self._modules[code_object] = Module(self, self._bytes_of(code_object))
+                module = self._modules[code_object] = Module(
+                    self, self._bytes_of(code_object), isinstance(code_object, CodeObjects)
+                )
             return module
 
     def _bytes_of(self, code_object: CodeObjects | bytes) -> bytes:

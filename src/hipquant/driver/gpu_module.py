@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import threading
 from collections.abc import Sequence
@@ -111,13 +112,21 @@ class Function(base.Function):
 class Module(base.Module):
     """A loaded code object: HSACO, offload bundle, PTX, cubin or fat binary.
 
-    `InvalidCodeObjectError` says what the bytes are instead, or gives the driver's log.
+    `InvalidCodeObjectError` says what the bytes are instead, or gives the driver's log. With `piecemeal`, PTX whose
+    kernels share nothing is given to the driver kernel by kernel, as each is asked for: compiling all of ours takes
+    it seconds, one a twentieth of one.
     """
 
-    def __init__(self, device: Device, code_object: bytes) -> None:
+    def __init__(self, device: Device, code_object: bytes, piecemeal: bool = False) -> None:
         self.device, image = device, image_for(code_object, device.target)
         self._functions: dict[str, Function] = {}
-        log = ctypes.create_string_buffer(JIT_LOG)
+        self._lock = threading.Lock()
+        self._pieces = ptx_pieces(image) if piecemeal and device.kind == "cuda" else {}
+        self._whole = None if self._pieces else self._load(image)
+        self._loaded: list[Owned] = []
+
+    def _load(self, image: bytes) -> Owned:
+        log, device = ctypes.create_string_buffer(JIT_LOG), self.device
         options, values = (), ()  # type: tuple[int, ...], tuple[int, ...]
         if device.kind == "cuda":
             options = symbols.JIT_ERROR_LOG, symbols.JIT_ERROR_LOG_SIZE
@@ -134,18 +143,41 @@ class Module(base.Module):
             raise InvalidCodeObjectError(f"{what}: the driver refuses it with {name} ({code}). {said}".rstrip())
         if code:
             raise device.library.error("load_module", code, what)
-        self._owned = Owned(device, "unload_module", out.value or 0)
+        return Owned(device, "unload_module", out.value or 0)
 
     def get_function(self, name: str) -> Function:
-        found = self._functions.get(name)
-        if found is None:
-            out, device = ctypes.c_void_p(), self.device
+        with self._lock:
+            found = self._functions.get(name)
+            if found is None:
+                found = self._functions[name] = Function(self, name, self._handle(name))
+            return found
+
+    def _handle(self, name: str) -> int:
+        module, device, out = self._whole, self.device, ctypes.c_void_p()
+        if module is None and name in self._pieces:
+            module = self._load(self._pieces[name])
+            self._loaded.append(module)
+        if module is not None:
             device._make_current()
-            code = device.library.functions["get_function"](ctypes.byref(out), self._owned.value, name.encode())
-            if code == symbols.NOT_FOUND:
-                others = (k.name for k in KERNELS.values() if k.silicon != "cpu" and k.name != name)
-                raise KernelNotFoundError(name, device.target.name, others)
-            if code:
+            code = device.library.functions["get_function"](ctypes.byref(out), module.value, name.encode())
+            if code not in (0, symbols.NOT_FOUND):
                 raise device.library.error("get_function", code, f"looking up kernel {name!r}")
-            found = self._functions[name] = Function(self, name, out.value or 0)
-        return found
+        if not out.value:
+            others = (k.name for k in KERNELS.values() if k.silicon != "cpu" and k.name != name)
+            raise KernelNotFoundError(name, device.target.name, others)
+        return out.value
+
+
+_ENTRY = re.compile(rb"^\.visible \.entry (\w+)\($.*?^}$", re.MULTILINE | re.DOTALL)
+_DIRECTIVE = re.compile(rb"^\.(version|target|address_size) [^\n]*$", re.MULTILINE)
+_COMMENT = re.compile(rb"//[^\n]*")
+
+
+def ptx_pieces(image: bytes) -> dict[str, bytes]:
+    """PTX as one text for each kernel; empty if there is anything that kernels share, or that is not PTX."""
+    text = image.rstrip(b"\0")
+    shared = _COMMENT.sub(b"", _DIRECTIVE.sub(b"", _ENTRY.sub(b"", text)))
+    if shared.strip():
+        return {}
+    head = b"\n".join(m[0] for m in _DIRECTIVE.finditer(text))
+    return {m[1].decode(): head + b"\n" + m[0] + b"\n\0" for m in _ENTRY.finditer(text)}

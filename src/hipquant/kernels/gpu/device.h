@@ -97,7 +97,11 @@ HQ_INLINE uint16_t float_to_half(float v) {
 }
 
 // 2^v and the square root of v to 1 or 2 units in the last place; what is below 2^-126 may be 0.
+#if __has_builtin(__builtin_amdgcn_exp2f)
 HQ_INLINE float exp2_approximate(float v) { return __builtin_amdgcn_exp2f(v); }
+#else
+HQ_INLINE float exp2_approximate(float v) { return __builtin_exp2f(v); }  // one instruction, and care for small results
+#endif
 HQ_INLINE float square_root(float v) { return __builtin_amdgcn_sqrtf(v); }
 
 // Bytes 2 to 5 of a | b << 32.

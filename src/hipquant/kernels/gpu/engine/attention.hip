@@ -10,7 +10,7 @@ constexpr float kLog2 = 0.693147180559945f;
 
 // What each group of lanes has found for one head.
 struct GroupSums {
-    alignas(16) float values[kAttentionThreads * kLaneValues];  // [group][8 * lanes]
+    Float4 values[kAttentionThreads * kLaneValues / 4];  // floats [group][8 * lanes]
     float top[kAttentionThreads / 8], weights[kAttentionThreads / 8];
 };
 
@@ -58,7 +58,7 @@ template <int kLanes> HQ_INLINE void store_partial(const GroupSums& found, float
         float sum = 0;
 #pragma unroll
         for (int g = 0; g < kGroups; g++)
-            sum = __builtin_fmaf(weight[g], found.values[g * kLanes * kLaneValues + i], sum);
+            sum = __builtin_fmaf(weight[g], ((const float*)found.values)[g * kLanes * kLaneValues + i], sum);
         partial[i] = sum;
     }
     if (thread_x() == 0) partial[head_dim] = top * kLog2, partial[head_dim + 1] = total;
@@ -75,7 +75,7 @@ HQ_INLINE void attend(const Share& share, int heads, GroupSums* found, int& turn
     float query[kHeads][kLaneValues], sum[kHeads][kLaneValues], top[kHeads], weights[kHeads];
 #pragma unroll
     for (int h = 0; h < kHeads; h++) {
-        const float* from = share.queries + (h < heads ? h : 0) * head_dim + first;
+        const float* from = share.queries + h * head_dim + first;  // behind `heads`, too: keys and values follow
         top[h] = -infinity(), weights[h] = 0;
 #pragma unroll
         for (int i = 0; i < kLaneValues; i++) {
@@ -135,7 +135,8 @@ HQ_INLINE void attend(const Share& share, int heads, GroupSums* found, int& turn
             GroupSums& mine = found[turn];
             turn ^= 1;
 #pragma unroll
-            for (int i = 0; i < kLaneValues; i++) mine.values[thread_x() * kLaneValues + i] = sum[h][i];
+            for (int i = 0; i < kLaneValues; i += 4)
+                mine.values[(thread_x() * kLaneValues + i) / 4] = {sum[h][i], sum[h][i + 1], sum[h][i + 2], sum[h][i + 3]};
             if (lane == 0) mine.top[group] = top[h], mine.weights[group] = weights[h];
             barrier();
             store_partial<kLanes>(mine, share.partial + h * share.stride, head_dim);
