@@ -60,7 +60,7 @@ def test_prompts_steps_and_batches(kind: str, limit: float, gpu: SimulatedGpu, t
         where = [21 + step, 9 + step, 5 + step], [0, 1, 2]
         found, expected = (m.forward_batch(tokens[step : step + 3], *where) for m in (model, reference))
         assert nmse(found, expected) <= limit
-    assert model.cached(2) == tokens[:5] + [tokens[2], tokens[3], tokens[4]]
+    assert model.cached(2) == [*tokens[:5], tokens[2], tokens[3], tokens[4]]
 
 
 @pytest.mark.parametrize("kind", MATRIX_TYPES, ids=str)

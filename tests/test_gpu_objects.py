@@ -250,8 +250,10 @@ def test_ptx_kernel_by_kernel() -> None:
                 pieces = ptx_pieces(container.targets()[target.name].read_bytes() + b"\0")
                 assert pieces.keys() >= {k.name for k in rows}
                 for name, text in pieces.items():
-                    assert text.count(b".entry") == 1 and f".entry {name}(".encode() in text
-                    assert text.startswith(b".version") and f".target {target.name}\n".encode() in text
+                    assert text.count(b".entry") == 1
+                    assert f".entry {name}(".encode() in text
+                    assert text.startswith(b".version")
+                    assert f".target {target.name}\n".encode() in text
     two = b".version 6.4\n.target sm_75\n.address_size 64\n" + b"".join(
         b"// one\n.visible .entry %s(\n\t.param .u64 a\n)\n{\n\tret;\n}\n" % name for name in (b"f", b"g")
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from .. import wiring
 from ..driver import Buffer, Device
 from ..errors import OutOfDeviceMemoryError
@@ -201,6 +203,7 @@ class GpuBlocks(Blocks[Products]):
             Activations(k, views[f"{name}, q8_1"], views[f"{name}, floats"]) for name, k in self._activations(s)
         )
         self.table.write(self.rope_table)
+        self._read = device.allocate_host(self.logits.nbytes).view(np.float32)
         self.embedding = weights.embedding(embedding, s.n_vocab, s.n_embd)
         self.unembedding = weights.products(s.n_embd, Matrix(output, s.n_vocab))
 
@@ -247,6 +250,13 @@ class GpuBlocks(Blocks[Products]):
         hint = f"a context of {fits} would fit" if fits > 0 else "not even the weights fit"
         name = weights.file.path.name
         raise OutOfDeviceMemoryError(asked(context), free, f"{name} with {sequences} x {context} positions ({hint})")
+
+    def read_logits(self, n: int) -> Floats:
+        """Through pinned memory: a copy to other memory goes in pieces, each of which is waited for."""
+        held = self._read[: n * self.sizes.n_vocab]
+        self.logits.read_async(held, self.kernels.stream)
+        self.kernels.stream.synchronize()
+        return held.reshape(n, -1).copy()
 
     def embed(self, n: int) -> None:
         super().embed(n)

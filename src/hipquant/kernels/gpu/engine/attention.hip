@@ -64,7 +64,7 @@ template <int kLanes> HQ_INLINE void store_partial(const GroupSums& found, float
     if (thread_x() == 0) partial[head_dim] = top * kLog2, partial[head_dim + 1] = total;
 }
 
-// The first `heads` of kHeads heads, kSteps positions at a time. `found` is used in turns: one barrier a head is enough.
+// The first `heads` of kHeads heads, kSteps positions at a time. `found` is used in turns: one barrier a head will do.
 template <int kLanes, int kHeads, int kSteps, bool kVectors>
 HQ_INLINE void attend(const Share& share, int heads, GroupSums* found, int& turn) {
     constexpr int kGroups = kAttentionThreads / kLanes;
@@ -135,8 +135,10 @@ HQ_INLINE void attend(const Share& share, int heads, GroupSums* found, int& turn
             GroupSums& mine = found[turn];
             turn ^= 1;
 #pragma unroll
-            for (int i = 0; i < kLaneValues; i += 4)
-                mine.values[(thread_x() * kLaneValues + i) / 4] = {sum[h][i], sum[h][i + 1], sum[h][i + 2], sum[h][i + 3]};
+            for (int i = 0; i < kLaneValues; i += 4) {
+                const float* v = sum[h] + i;
+                mine.values[(thread_x() * kLaneValues + i) / 4] = {v[0], v[1], v[2], v[3]};
+            }
             if (lane == 0) mine.top[group] = top[h], mine.weights[group] = weights[h];
             barrier();
             store_partial<kLanes>(mine, share.partial + h * share.stride, head_dim);
