@@ -418,3 +418,13 @@ def test_argmax(simulator: Simulator, rng: np.random.Generator, n: int) -> None:
     launch(simulator, "argmax_f32", {"rows": 8}, x, ids, n)
     expected = [next((i for i in range(n) if row[i] == np.fmax.reduce(row)), 0) for row in x]
     np.testing.assert_array_equal(ids, expected)
+
+
+@pytest.mark.parametrize("nbytes", [16, 4112, (1 << 20) + 48])
+def test_read_memory(simulator: Simulator, rng: np.random.Generator, nbytes: int) -> None:
+    """The sum of the words of each MiB, modulo 2^32."""
+    x = rng.integers(-(1 << 31), 1 << 31, nbytes // 4).astype(np.int32)
+    found = np.full(-(-nbytes // (1 << 20)), -1, np.int32)
+    launch(simulator, "read_memory", {"nbytes": nbytes}, x, found, nbytes)
+    parts = np.split(x.astype(np.int64), range(1 << 18, len(x), 1 << 18))
+    np.testing.assert_array_equal(found, np.array([part.sum() for part in parts]).astype(np.int32))

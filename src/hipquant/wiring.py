@@ -290,7 +290,7 @@ def _gpu_engine() -> Iterator[Kernel]:
     yield kernel(
         "add_rms_norm_q8_1",
         "float* x, const float* residual, const float* weight, float* y, void* q, int n, int n_padded, float eps",
-        (256, 1, 1),
+        (1024, 1, 1),
         lambda rows: (rows, 1, 1),
     )
     yield kernel(
@@ -324,6 +324,12 @@ def _gpu_engine() -> Iterator[Kernel]:
         "float* x, const float* bias, int n, int stride",
         (256, 1, 1),
         lambda n, rows: (_ceil(n, 256), rows, 1),
+    )
+    yield kernel(
+        "read_memory",
+        "const void* x, int* dst, size_t nbytes",
+        (256, 1, 1),
+        lambda nbytes: (_ceil(nbytes, 1 << 20), 1, 1),
     )
     yield kernel("argmax_f32", "const float* x, int* ids, int n", (256, 1, 1), lambda rows: (rows, 1, 1))
     for t in FLOAT_TYPES:

@@ -182,23 +182,60 @@ attention_split_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v
     }
 }
 
+// The parts of a head: their sums, each followed by its greatest score and the sum of its weights.
+struct Parts {
+    const float* sums;
+    int splits, stride, head_dim;
+    HQ_MEMBER float top(int s) const { return sums[s * stride + head_dim]; }
+    HQ_MEMBER float total(int s) const { return sums[s * stride + head_dim + 1]; }
+};
+HQ_INLINE float part_weight(float top, float greatest) { return top == greatest ? 1 : exp_(top - greatest); }
+
+// Value i of a head, by one lane.
+HQ_INLINE float combine(const Parts& parts, int i) {
+    float greatest = -infinity(), sum = 0, total = 0;
+    for (int s = 0; s < parts.splits; s++) greatest = max2(greatest, parts.top(s));
+    for (int s = 0; s < parts.splits; s++) {
+        const float weight = part_weight(parts.top(s), greatest);
+        sum = __builtin_fmaf(weight, parts.sums[s * parts.stride + i], sum);
+        total = __builtin_fmaf(weight, parts.total(s), total);
+    }
+    return sum / total;
+}
+
+// The weights of the parts, divided by their total, by the lanes of a team that is within a head.
+HQ_INLINE void team_weights(const Parts& parts, float* weights) {
+    const int lane = thread_x() % 32;
+    float greatest = -infinity(), total = 0;
+    for (int s = lane; s < parts.splits; s += 32) greatest = max2(greatest, parts.top(s));
+    greatest = team_max(greatest);
+    for (int s = lane; s < parts.splits; s += 32) {
+        weights[s] = part_weight(parts.top(s), greatest);
+        total = __builtin_fmaf(weights[s], parts.total(s), total);
+    }
+    total = 1 / team_sum(total);
+    for (int s = lane; s < parts.splits; s += 32) weights[s] *= total;
+}
+
+constexpr int kMaxSplits = 64;
+
 // Row (token): a thread takes a value of a head.
 HQ_KERNEL(256)
 attention_combine_q8_1(const float* partial, float* y, void* q, int n_head, int head_dim, int splits, int n_padded) {
-    const int i = (int)block_x() * 256 + thread_x(), n = n_head * head_dim, stride = head_dim + 2;
+    HQ_SHARED float weights[8][kMaxSplits];
+    const int i = (int)block_x() * 256 + thread_x(), n = n_head * head_dim, inside = i < n ? i : n - 1;
+    const int head = inside / head_dim, at = inside - head * head_dim;
     const uint64_t token = block_y();
+    const Parts parts{partial + (token * n_head + head) * splits * (head_dim + 2), splits, head_dim + 2, head_dim};
     float v = 0;
-    if (i < n) {
-        const int head = i / head_dim;
-        const float *parts = partial + (token * n_head + head) * splits * stride, *tops = parts + head_dim;
-        float top = -infinity(), sum = 0, total = 0;
-        for (int s = 0; s < splits; s++) top = max2(top, tops[s * stride]);
-        for (int s = 0; s < splits; s++) {
-            const float at = tops[s * stride], weight = at == top ? 1 : exp_(at - top);
-            sum = __builtin_fmaf(weight, parts[s * stride + i - head * head_dim], sum);
-            total = __builtin_fmaf(weight, tops[s * stride + 1], total);
-        }
-        v = sum / total;
+    if (head_dim % 32 == 0 && splits <= kMaxSplits) {
+        float* mine = weights[thread_x() / 32];
+        team_weights(parts, mine);
+        barrier();
+#pragma unroll 4
+        for (int s = 0; s < splits; s++) v = __builtin_fmaf(mine[s], parts.sums[s * parts.stride + at], v);
+    } else {
+        v = combine(parts, at);
     }
-    store_activation(v, y, q, token, i, n, n_padded);
+    store_activation(i < n ? v : 0, y, q, token, i, n, n_padded);
 }

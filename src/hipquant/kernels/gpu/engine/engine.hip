@@ -5,3 +5,4 @@
 #include "activation.hip"
 #include "mat_vec_float.hip"
 #include "sample.hip"
+#include "read.hip"

@@ -1,7 +1,9 @@
-// `add_rms_norm_q8_1`: x += residual; x / rms(x) * weight as floats and as q8_1. A block takes a row, a lane 4 values.
+// `add_rms_norm_q8_1`: x += residual; x / rms(x) * weight as floats and as q8_1. A block takes a row, a lane 4 values at
+// a time, of which it keeps the first in registers: in a decode step this is one row, and all that counts is how often
+// it waits for memory.
 #include "rows.h"
 
-constexpr int kNormThreads = 256, kNormStep = 4 * kNormThreads;
+constexpr int kNormThreads = 1024, kNormStep = 4 * kNormThreads, kKept = 2;
 
 // Values i to i + 3 of a row of n; zeros behind it.
 HQ_INLINE Float4 load_values(const float* row, int i, int n, bool vectors) {
@@ -17,38 +19,62 @@ HQ_INLINE void store_values(float* row, int i, int n, bool vectors, const Float4
             if (i + j < n) row[i + j] = v.v[j];
 }
 
-HQ_KERNEL(256)
-add_rms_norm_q8_1(float* x, const float* residual, const float* weight, float* y, void* q, int n, int n_padded,
-                  float eps) {
+// Values i to i + 3 of x, after the residual is added to them.
+HQ_INLINE Float4 add_residual(float* x, const float* residual, int i, int n, bool vectors) {
+    Float4 v = load_values(x, i, n, vectors);
+    if (!residual) return v;
+    const Float4 r = load_values(residual, i, n, vectors);
+    for (int j = 0; j < 4; j++) v.v[j] += r.v[j];
+    store_values(x, i, n, vectors, v);
+    return v;
+}
+HQ_INLINE float add_squares(const Float4& v, float sum) {
+    for (int j = 0; j < 4; j++) sum = __builtin_fmaf(v.v[j], v.v[j], sum);
+    return sum;
+}
+// Whole teams come here.
+HQ_INLINE void store_normed(Float4 v, const Float4& w, float scale, float* y, q8_1* q, int i, int n, int n_padded,
+    bool vectors) {
+    for (int j = 0; j < 4; j++) v.v[j] = i + j < n ? v.v[j] * scale * w.v[j] : 0;
+    if (y) store_values(y, i, n, vectors, v);
+    if (q) store_q8_1<4>(q, i, v.v, i < n_padded);
+}
+
+HQ_KERNEL(1024)
+add_rms_norm_q8_1(
+    float* x, const float* residual, const float* weight, float* y, void* q, int n, int n_padded, float eps) {
     HQ_SHARED float partial[kNormThreads / 32];
     const uint64_t row = block_x();
     const bool vectors = n % 4 == 0 && aligned16((uint64_t)x | (uint64_t)residual | (uint64_t)weight | (uint64_t)y);
-    const int thread = thread_x();
+    const int thread = thread_x(), first = 4 * thread;
     x += row * n;
+    if (residual) residual += row * n;
+    if (y) y += row * n;
+    q8_1* to = q ? (q8_1*)q + row * (n_padded / 32) : nullptr;
+
+    Float4 kept[kKept], weights[kKept];
+#pragma unroll
+    for (int k = 0; k < kKept; k++) weights[k] = load_values(weight, first + k * kNormStep, n, vectors);
+#pragma unroll
+    for (int k = 0; k < kKept; k++) kept[k] = add_residual(x, residual, first + k * kNormStep, n, vectors);
     float sum = 0;
-    for (int i = 4 * thread; i < n; i += kNormStep) {
-        Float4 v = load_values(x, i, n, vectors);
-        if (residual) {
-            const Float4 r = load_values(residual + row * n, i, n, vectors);
-            for (int j = 0; j < 4; j++) v.v[j] += r.v[j];
-            store_values(x, i, n, vectors, v);
-        }
-        for (int j = 0; j < 4; j++) sum = __builtin_fmaf(v.v[j], v.v[j], sum);
-    }
+#pragma unroll
+    for (int k = 0; k < kKept; k++) sum = add_squares(kept[k], sum);
+    for (int i = first + kKept * kNormStep; i < n; i += kNormStep)
+        sum = add_squares(add_residual(x, residual, i, n, vectors), sum);
     sum = team_sum(sum);
     if (thread % 32 == 0) partial[thread / 32] = sum;
     barrier();
-    float squares = 0;
-    for (int i = 0; i < kNormThreads / 32; i++) squares += partial[i];
-    const float scale = 1 / square_root(squares / (float)n + eps);
+    const float scale = 1 / square_root(team_sum(partial[thread % 32]) / (float)n + eps);
 
-    const int end = q ? n_padded : n;
-    for (int first = 4 * thread / 128 * 128; first < end; first += kNormStep) {  // teams stay together
-        const int i = first + 4 * (thread % 32);
-        Float4 v = load_values(x, i, n, vectors);  // what this thread has written
-        const Float4 w = load_values(weight, i, n, vectors);
-        for (int j = 0; j < 4; j++) v.v[j] = i + j < n ? v.v[j] * scale * w.v[j] : 0;
-        if (y) store_values(y + row * n, i, n, vectors, v);
-        if (q) store_q8_1<4>((q8_1*)q + row * (n_padded / 32), i, v.v, i < n_padded);
+    const int end = q ? n_padded : n, begin = first / 128 * 128;  // teams stay together
+#pragma unroll
+    for (int k = 0; k < kKept; k++)
+        if (begin + k * kNormStep < end)
+            store_normed(kept[k], weights[k], scale, y, to, first + k * kNormStep, n, n_padded, vectors);
+    for (int i = begin + kKept * kNormStep; i < end; i += kNormStep) {
+        const int at = i + first % 128;  // what this thread has written
+        store_normed(load_values(x, at, n, vectors), load_values(weight, at, n, vectors), scale, y, to, at, n, n_padded,
+            vectors);
     }
 }
