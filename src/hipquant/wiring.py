@@ -281,6 +281,7 @@ def _gpu_engine() -> Iterator[Kernel]:
     A row of `qkv` holds n_head queries, then n_head_kv keys, then as many values, of head_dim floats each. The KV cache
     is halves [slot][head][n_context][head_dim]. Attention is *split* over the positions of a sequence: a part of
     `partial` [token][head][split] holds the sum of values, weighted, its greatest score, and the sum of weights.
+    Tokens of `attention_prefill_f16` are of one sequence, that of the first one, at consecutive positions.
     """
 
     def kernel(name: str, args: str, block: Dim3, grid: Callable[..., Dim3], type: QuantType | None = None) -> Kernel:
@@ -312,6 +313,13 @@ def _gpu_engine() -> Iterator[Kernel]:
         "const float* partial, float* y, void* q, int n_head, int head_dim, int splits, int n_padded",
         (256, 1, 1),
         lambda n_padded, ntokens: (_ceil(n_padded, 256), ntokens, 1),
+    )
+    yield kernel(
+        "attention_prefill_f16",
+        "const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y, const int* position,"
+        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, float scale",
+        (128, 1, 1),
+        lambda n_head, n_head_kv, ntokens: (n_head_kv, _ceil(ntokens * (n_head // n_head_kv), 64), 1),
     )
     yield kernel(
         "silu_mul_q8_1",

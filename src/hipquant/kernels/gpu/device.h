@@ -381,18 +381,18 @@ template <int N, int kAlign> HQ_INLINE Words<N> load_shared(const void* p) {
     __builtin_memcpy(r.w, __builtin_assume_aligned(p, kAlign), N);
     return r;
 }
+HQ_INLINE uint32_t shared_address(const void* p) {
+#if defined(__clang__)
+    return (uint32_t)(uint64_t)(__attribute__((address_space(3))) const void*)p;
+#else
+    return (uint32_t)__cvta_generic_to_shared(p);
+#endif
+}
 #if HQ_ASYNC_COPIES
 HQ_INLINE uint32_t multiprocessors() {
     uint32_t r;
     asm("mov.u32 %0, %%nsmid;" : "=r"(r));
     return r;
-}
-HQ_INLINE uint32_t shared_address(void* p) {
-#if defined(__clang__)
-    return (uint32_t)(uint64_t)(__attribute__((address_space(3))) void*)p;
-#else
-    return (uint32_t)__cvta_generic_to_shared(p);
-#endif
 }
 // N bytes to shared memory: so many of them from global memory, zeros behind. Done when wait_copies() returns; other
 // threads see them behind a barrier. Both addresses are multiples of N.
@@ -404,6 +404,19 @@ template <int N> HQ_INLINE void copy_async(void* to, const void* from, int bytes
 }
 HQ_INLINE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
+
+// Four matrices of 8 x 8 halves from shared memory: lane l has the address of row l % 8 of matrix l / 8, a multiple of 16,
+// and gets of each matrix row l / 4, halves 2 (l % 4), + 1; or, transposed, these rows of column l / 4.
+HQ_INLINE void load_matrices(uint32_t r[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
+}
+HQ_INLINE void load_matrices_transposed(uint32_t r[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row)));
+}
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 // c[4] + a (16 rows x 16) * b (16 x 8 columns) of int8. Lane l has rows l / 4 (a[0]; c[0], c[1]) and l / 4 + 8 (a[1];
@@ -420,6 +433,13 @@ HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2]) {
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// The same of halves, with k = 16: a[0] and a[1] are k from 2 (l % 4), a[2] and a[3] from 8 + 2 (l % 4), and so is b.
+HQ_INLINE void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 #else
 HQ_INLINE void mma_k16(int c[4], const uint32_t a[2], uint32_t b) {  // sm_75 has the half of it
     for (int i = 0; i < 2; i++)
@@ -430,6 +450,12 @@ HQ_INLINE void mma_k16(int c[4], const uint32_t a[2], uint32_t b) {  // sm_75 ha
 HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2]) {
     mma_k16(c, a, b[0]);
     mma_k16(c, a + 2, b[1]);
+}
+HQ_INLINE void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+    for (int i = 0; i < 2; i++)
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
 }
 #endif
 #else
@@ -464,6 +490,11 @@ template <class To, class From> HQ_INLINE To bits(From v) {
 template <int kMask> HQ_INLINE float shuffle_xor(float v) { return bits<float>(shuffle_xor<kMask>(bits<int>(v))); }
 
 HQ_INLINE float max2(float a, float b) { return a > b ? a : b; }
+
+// Two floats as halves, the first one in the low bits.
+HQ_INLINE uint32_t pack_halves(float low, float high) {
+    return float_to_half(low) | (uint32_t)float_to_half(high) << 16;
+}
 
 constexpr float kLog2E = 1.44269502162933349609375f, kLog2ERest = 1.9259629911e-8f;  // their sum is log2(e)
 

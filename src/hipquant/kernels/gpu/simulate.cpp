@@ -108,7 +108,10 @@ struct Fiber {
     Site site;  // where it waits
     int value, mask;
     int* c;
+    float* c_f16;
     const uint32_t *a, *b;
+    uint32_t* loaded;
+    const uint8_t* matrix_row;
     Copy copies[kMaxCopies];  // under way
     int ncopies;
 };
@@ -329,6 +332,53 @@ void hq_mma(int* c, const uint32_t* a, const uint32_t* b, int k, const char* fil
     if (gather(kTogether, of_team[first / kTeam], first, first + kTeam, site,
                "lanes of a team meet at different matrix products"))
         multiply(fibers + first, k);
+}
+
+// The same of halves, with k = 16.
+static void multiply_f16(Fiber* team) {
+    float a[16][16], b[8][16];
+    for (int l = 0; l < kTeam; l++)
+        for (int i = 0; i < 4; i++) {
+            const int at = i / 2 * 8 + l % 4 * 2 + i % 2;
+            for (int h = 0; h < 2; h++) a[l / 4 + 8 * h][at] = hq_half_to_float(team[l].a[i / 2 * 2 + h] >> i % 2 * 16 & 0xFFFF);
+            b[l / 4][at] = hq_half_to_float(team[l].b[i / 2] >> i % 2 * 16 & 0xFFFF);
+        }
+    for (int l = 0; l < kTeam; l++)
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 16; j++) team[l].c_f16[i] += a[l / 4 + i / 2 * 8][j] * b[l % 4 * 2 + i % 2][j];
+}
+
+void hq_mma_f16(float* c, const uint32_t* a, const uint32_t* b, const char* file, int line) {
+    const Site site{file, line, __builtin_return_address(0)};
+    const int first = first_lane(kTeam);
+    Fiber& f = fibers[launch.now];
+    f.c_f16 = c, f.a = a, f.b = b;
+    if (gather(kTogether, of_team[first / kTeam], first, first + kTeam, site,
+               "lanes of a team meet at different matrix products"))
+        multiply_f16(fibers + first);
+}
+
+// Four matrices, whose rows' addresses the lanes have, spread over the lanes as device.h says.
+static void spread_matrices(Fiber* team, bool transposed) {
+    uint16_t rows[kTeam][8];
+    for (int l = 0; l < kTeam; l++) memcpy(rows[l], team[l].matrix_row, sizeof rows[l]);
+    for (int l = 0; l < kTeam; l++)
+        for (int m = 0; m < 4; m++) {
+            const int first = l % 4 * 2, at = l / 4;
+            const uint32_t low = transposed ? rows[8 * m + first][at] : rows[8 * m + at][first];
+            const uint32_t high = transposed ? rows[8 * m + first + 1][at] : rows[8 * m + at][first + 1];
+            team[l].loaded[m] = low | high << 16;
+        }
+}
+
+void hq_load_matrices(uint32_t* r, const void* row, bool transposed, const char* file, int line) {
+    const Site site{file, line, __builtin_return_address(0)};
+    const int first = first_lane(kTeam);
+    Fiber& f = fibers[launch.now];
+    f.loaded = r, f.matrix_row = (const uint8_t*)row;
+    if (gather(kTogether, of_team[first / kTeam], first, first + kTeam, site,
+               "lanes of a team meet at different loads of matrices"))
+        spread_matrices(fibers + first, transposed);
 }
 
 // Copies may be done at once or when they are waited for: on waves of 64 they are done early, on waves of 32 late.

@@ -30,6 +30,8 @@ extern hq_thread hq_now;  // the thread that runs
 void hq_barrier(const char* file, int line) HQ_TOGETHER;
 int hq_shuffle_xor(int v, int mask, int lanes, const char* file, int line) HQ_TOGETHER;
 void hq_mma(int* c, const uint32_t* a, const uint32_t* b, int k, const char* file, int line) HQ_TOGETHER;
+void hq_mma_f16(float* c, const uint32_t* a, const uint32_t* b, const char* file, int line) HQ_TOGETHER;
+void hq_load_matrices(uint32_t* r, const void* row, bool transposed, const char* file, int line) HQ_TOGETHER;
 void hq_copy_async(void* to, const void* from, int size, int bytes);
 void hq_wait_copies();
 void hq_fault(const char* format, ...) __attribute__((noreturn, cold, format(printf, 1, 2)));
@@ -139,3 +141,10 @@ HQ_INLINE uint32_t multiprocessors() { return 2; }
 
 HQ_INLINE void mma_k16(int c[4], const uint32_t a[2], uint32_t b, HQ_SITE) { hq_mma(c, a, &b, 16, file, line); }
 HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2], HQ_SITE) { hq_mma(c, a, b, 32, file, line); }
+HQ_INLINE void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2], HQ_SITE) { hq_mma_f16(c, a, b, file, line); }
+HQ_INLINE void load_matrices(uint32_t r[4], const void* row, HQ_SITE) {
+    hq_load_matrices(r, aligned_to(16, row, "a matrix"), false, file, line);
+}
+HQ_INLINE void load_matrices_transposed(uint32_t r[4], const void* row, HQ_SITE) {
+    hq_load_matrices(r, aligned_to(16, row, "a matrix"), true, file, line);
+}

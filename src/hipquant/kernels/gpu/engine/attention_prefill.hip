@@ -1,0 +1,353 @@
+// `attention_prefill_f16`: attention of the tokens of a long pass, which belong to one sequence.
+//
+// A block takes 64 rows (a row is a token and one of the heads of queries that share a head of keys and values) and
+// goes over the keys in tiles through shared memory, with a softmax that is put right as greater scores come. Scores
+// are multiples of log(2), so that a weight is a power of 2. Queries are rounded to halves, as keys and values are.
+//
+// A weight of 0 does not hide NaN: values of the pass's own tokens that are not finite also reach the tokens up to 63
+// rows before.
+#include "rows.h"
+
+constexpr int kPrefillThreads = 128, kPrefillRows = 64;
+
+struct alignas(16) Halves8 : Words<16> {
+    HQ_MEMBER float value(int i) const { return half_to_float(w[i / 2] >> 16 * (i % 2) & 0xFFFF); }
+};
+// A row of a tile: 8 of them are in banks of their own.
+template <int kDims> struct TileRow {
+    Halves8 halves[kDims / 8 + 1];
+};
+
+// The rows that there are, by number: token * group + head.
+struct PrefillRows {
+    const float* queries;  // of token 0, of the first head of the group
+    float* y;
+    int query_stride, y_stride;  // from token to token
+    int group, head_dim, rows, position;  // position: of token 0
+    float scale;
+    HQ_MEMBER int token(int row) const { return (row < rows ? row : rows - 1) / group; }
+    HQ_MEMBER int64_t head(int row) const {
+        return (int64_t)((row < rows ? row : rows - 1) - token(row) * group) * head_dim;
+    }
+    HQ_MEMBER const float* query(int row) const { return queries + (int64_t)token(row) * query_stride + head(row); }
+    HQ_MEMBER float* result(int row) const { return y + (int64_t)token(row) * y_stride + head(row); }
+    HQ_MEMBER int last(int row) const { return position + token(row); }  // position that it sees
+    // Values i and i + 1 of the query of a row as halves, or zeros.
+    HQ_MEMBER uint32_t query_pair(const float* query, int i) const {
+        return i < head_dim ? pack_halves(query[i] * scale, query[i + 1] * scale) : 0;
+    }
+    // Values i and i + 1 of the result.
+    HQ_MEMBER void store_pair(int row, int i, float a, float b) const {
+        if (row < rows && i < head_dim) store<4>(result(row) + i, Words<8>{{bits<uint32_t>(a), bits<uint32_t>(b)}});
+    }
+};
+
+// Rows of the cache on their way to a tile in shared memory: zeros behind `length` positions and behind head_dim.
+// Where copies are asynchronous, or registers allow, they are under way from begin() to finish().
+template <int kDims, int kKeys, bool kVectors> struct PrefillCopy {
+    static constexpr int kInRow = kDims / 8, kEach = kKeys * kInRow / kPrefillThreads;
+    static constexpr bool kAhead = !kMatrixUnits || kDims <= 128;
+    static_assert(kKeys * kInRow % kPrefillThreads == 0, "every thread copies as much");
+    int length, head_dim;
+    Words<16> ahead[kEach];
+
+    HQ_MEMBER static int piece(int i) { return i * kPrefillThreads + thread_x(); }
+    HQ_MEMBER Words<16> load(const uint16_t* cache, int first, int i) const {
+        const int key = first + piece(i) / kInRow, at = piece(i) % kInRow * 8;
+        const uint16_t* from = cache + (uint32_t)key * (uint32_t)head_dim + at;
+        Words<16> r{};
+        if (key >= length) return r;
+        if constexpr (kVectors) {
+            if (at < head_dim) r = field<16>(Row<16>{(const uint8_t*)from}, 0);
+        } else {
+#pragma unroll
+            for (int w = 0; w < 4; w++)
+                if (at + 2 * w < head_dim) r.w[w] = load_words<4>(from + 2 * w).w[0];
+        }
+        return r;
+    }
+    HQ_MEMBER void begin([[maybe_unused]] TileRow<kDims>* to, const uint16_t* cache, int first) {
+#if HQ_ASYNC_COPIES
+        if constexpr (kVectors) {
+#pragma unroll
+            for (int i = 0; i < kEach; i++) {
+                const int key = first + piece(i) / kInRow, at = piece(i) % kInRow;
+                const bool inside = key < length && at * 8 < head_dim;
+                const uint32_t from = inside ? (uint32_t)key * (uint32_t)head_dim + at * 8 : 0;
+                copy_async<16>(&to[piece(i) / kInRow].halves[at], cache + from, inside ? 16 : 0);
+            }
+            return;
+        }
+#endif
+        if constexpr (kAhead)
+#pragma unroll
+            for (int i = 0; i < kEach; i++) ahead[i] = load(cache, first, i);
+    }
+    HQ_MEMBER void finish(TileRow<kDims>* to, const uint16_t* cache, int first) {
+#if HQ_ASYNC_COPIES
+        if constexpr (kVectors) return wait_copies();
+#endif
+#pragma unroll
+        for (int i = 0; i < kEach; i++) {
+            const Words<16> v = kAhead ? ahead[i] : load(cache, first, i);
+            to[piece(i) / kInRow].halves[piece(i) % kInRow] = {v};
+        }
+    }
+};
+
+// By matrix units: a team takes 16 rows, lane l of it rows l / 4 and l / 4 + 8 and, of every 8 keys or values, those at
+// 2 (l % 4) and behind.
+template <int kDims> struct PrefillByMatrixUnits {
+    static constexpr int kRows = 64, kKeys = kDims > 128 ? 32 : 64;
+    static constexpr int kPart = kDims > 128 ? 128 : kDims;  // of the values, at a time: registers run out
+    struct Tile {
+        TileRow<kDims> keys[kKeys], values[kKeys];
+    };
+    static constexpr bool kApart = true;  // keys and values
+    uint32_t query[kDims / 16][4];
+    float sum[kPart / 8][4], score[kKeys / 8][4], top[2], weights[2];
+    int row, last[2], lane, part, shown;  // shown: keys that no row of the block is without
+
+    HQ_MEMBER void begin(Tile&, const PrefillRows& rows, int first, int at) {
+        part = at, lane = thread_x() % 32, row = first + thread_x() / 32 * 16 + lane / 4, shown = rows.last(first) + 1;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float* from = rows.query(row + 8 * h);
+            top[h] = -infinity(), weights[h] = 0, last[h] = rows.last(row + 8 * h);
+#pragma unroll
+            for (int i = 0; i < kDims / 8; i++) query[i / 2][i % 2 * 2 + h] = rows.query_pair(from, 8 * i + lane % 4 * 2);
+        }
+#pragma unroll
+        for (int i = 0; i < kPart / 8; i++)
+            for (int j = 0; j < 4; j++) sum[i][j] = 0;
+    }
+    // Weights of the keys from `first` on.
+    HQ_MEMBER void weigh(Tile& tile, int first) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; n++)
+            for (int j = 0; j < 4; j++) score[n][j] = 0;
+        const TileRow<kDims>* keys = tile.keys + lane / 16 * 8 + lane % 8;
+#pragma unroll
+        for (int k = 0; k < kDims / 16; k++)
+#pragma unroll
+            for (int n = 0; n < kKeys / 8; n += 2) {
+                uint32_t b[4];
+                load_matrices(b, &keys[8 * n].halves[2 * k + lane / 8 % 2]);
+                mma_f16(score[n], query[k], b);
+                mma_f16(score[n + 1], query[k], b + 2);
+            }
+        if (first + kKeys > shown) hide(first + lane % 4 * 2);
+        rescale(0), rescale(1);
+    }
+    HQ_MEMBER void hide(int key) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; n++)
+            for (int j = 0; j < 4; j++)
+                if (key + 8 * n + j % 2 > last[j / 2]) score[n][j] = -infinity();
+    }
+    // Scores of one of the lane's rows to weights.
+    HQ_MEMBER void rescale(int h) {
+        float greatest = top[h];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; n++) greatest = max2(greatest, max2(score[n][2 * h], score[n][2 * h + 1]));
+        greatest = max2(greatest, shuffle_xor<1>(greatest));
+        greatest = max2(greatest, shuffle_xor<2>(greatest));
+        const float kept = exp2_approximate(top[h] - greatest);
+        top[h] = greatest, weights[h] *= kept;
+#pragma unroll
+        for (int i = 0; i < kPart / 8; i++) sum[i][2 * h] *= kept, sum[i][2 * h + 1] *= kept;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; n++)
+            for (int j = 2 * h; j < 2 * h + 2; j++)
+                weights[h] += score[n][j] = exp2_approximate(score[n][j] - greatest);
+    }
+    HQ_MEMBER void add(Tile& tile) {
+        const TileRow<kDims>* values = tile.values + lane % 16;
+#pragma unroll
+        for (int k = 0; k < kKeys / 16; k++) {
+            const float *left = score[2 * k], *right = score[2 * k + 1];
+            const uint32_t weight[4] = {pack_halves(left[0], left[1]), pack_halves(left[2], left[3]),
+                                        pack_halves(right[0], right[1]), pack_halves(right[2], right[3])};
+#pragma unroll
+            for (int n = 0; n < kPart / 8; n += 2) {
+                uint32_t b[4];
+                load_matrices_transposed(b, &values[16 * k].halves[part / 8 + n + lane / 16]);
+                mma_f16(sum[n], weight, b);
+                mma_f16(sum[n + 1], weight, b + 2);
+            }
+        }
+    }
+    HQ_MEMBER void finish(const PrefillRows& rows) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            weights[h] += shuffle_xor<1>(weights[h]);
+            weights[h] += shuffle_xor<2>(weights[h]);
+            const float factor = 1 / weights[h];
+#pragma unroll
+            for (int i = 0; i < kPart / 8; i++)
+                rows.store_pair(row + 8 * h, part + 8 * i + lane % 4 * 2, sum[i][2 * h] * factor, sum[i][2 * h + 1] * factor);
+        }
+    }
+};
+
+// By fused multiply-adds: 16 lanes take 4 rows; a lane has every 16th key, and every 16th pair of values.
+template <int kDims> struct PrefillByVectors {
+    static constexpr int kRows = 32, kKeys = kDims > 128 ? 16 : 32, kLanes = 16, kMine = 4;
+    static constexpr int kPart = kDims;
+    struct Tile {
+        TileRow<kDims> queries[kRows];
+        union {  // in turns
+            TileRow<kDims> keys[kKeys], values[kKeys];
+        };
+        alignas(16) float weights[kRows][kKeys + 4];
+    };
+    static constexpr bool kApart = false;
+    float sum[kMine][kDims / kLanes], top[kMine], weights[kMine];
+    int row, lane, mine, position[kMine];
+
+    HQ_MEMBER void begin(Tile& tile, const PrefillRows& rows, int first, int) {
+        lane = thread_x() % kLanes, mine = thread_x() / kLanes * kMine, row = first + mine;
+        for (int i = thread_x(); i < kRows * kDims / 2; i += kPrefillThreads) {
+            const int at = i % (kDims / 2) * 2, r = i / (kDims / 2);
+            tile.queries[r].halves[at / 8].w[at / 2 % 4] = rows.query_pair(rows.query(first + r), at);
+        }
+#pragma unroll
+        for (int r = 0; r < kMine; r++) {
+            top[r] = -infinity(), weights[r] = 0, position[r] = rows.last(row + r);
+            for (int i = 0; i < kDims / kLanes; i++) sum[r][i] = 0;
+        }
+    }
+    HQ_MEMBER void weigh(Tile& tile, int first) {
+        float score[kMine][kKeys / kLanes] = {};
+#pragma unroll 2
+        for (int i = 0; i < kDims / 8; i++) {
+            Halves8 keys[kKeys / kLanes];
+            for (int k = 0; k < kKeys / kLanes; k++) keys[k] = tile.keys[lane + k * kLanes].halves[i];
+#pragma unroll
+            for (int r = 0; r < kMine; r++) {
+                const Halves8 query = tile.queries[mine + r].halves[i];
+                for (int j = 0; j < 8; j++)
+                    for (int k = 0; k < kKeys / kLanes; k++)
+                        score[r][k] = __builtin_fmaf(query.value(j), keys[k].value(j), score[r][k]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < kMine; r++) {
+            float greatest = top[r];
+            for (int k = 0; k < kKeys / kLanes; k++) {
+                if (first + lane + k * kLanes > position[r]) score[r][k] = -infinity();
+                greatest = max2(greatest, score[r][k]);
+            }
+            greatest = group_max<kLanes>(greatest);
+            const float kept = exp2_approximate(top[r] - greatest);
+            top[r] = greatest, weights[r] *= kept;
+            for (int i = 0; i < kDims / kLanes; i++) sum[r][i] *= kept;
+            for (int k = 0; k < kKeys / kLanes; k++) {
+                const float weight = exp2_approximate(score[r][k] - greatest);
+                weights[r] += tile.weights[mine + r][lane + k * kLanes] = weight;
+            }
+        }
+    }
+    HQ_MEMBER void add(Tile& tile) {
+#pragma unroll 1
+        for (int k = 0; k < kKeys; k += 4) {
+            Float4 weight[kMine];
+            for (int r = 0; r < kMine; r++) weight[r] = *(const Float4*)&tile.weights[mine + r][k];
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                for (int i = 0; i < kDims / kLanes; i += 2) {
+                    const int at = 2 * lane + i * kLanes;
+                    const uint32_t pair = tile.values[k + j].halves[at / 8].w[at / 2 % 4];
+                    const float a = half_to_float(pair & 0xFFFF), b = half_to_float(pair >> 16);
+                    for (int r = 0; r < kMine; r++) {
+                        sum[r][i] = __builtin_fmaf(weight[r].v[j], a, sum[r][i]);
+                        sum[r][i + 1] = __builtin_fmaf(weight[r].v[j], b, sum[r][i + 1]);
+                    }
+                }
+        }
+    }
+    HQ_MEMBER void finish(const PrefillRows& rows) {
+#pragma unroll
+        for (int r = 0; r < kMine; r++) {
+            const float factor = 1 / group_sum<kLanes>(weights[r]);
+            for (int i = 0; i < kDims / kLanes; i += 2)
+                rows.store_pair(row + r, 2 * lane + i * kLanes, sum[r][i] * factor, sum[r][i + 1] * factor);
+        }
+    }
+};
+
+template <bool> struct ChoosePrefill {
+    template <int kDims> using Type = PrefillByMatrixUnits<kDims>;
+};
+template <> struct ChoosePrefill<false> {
+    template <int kDims> using Type = PrefillByVectors<kDims>;
+};
+template <int kDims> using Prefill = typename ChoosePrefill<kMatrixUnits>::template Type<kDims>;
+union PrefillTile {
+    Prefill<64>::Tile of_64;
+    Prefill<96>::Tile of_96;
+    Prefill<128>::Tile of_128;
+    Prefill<256>::Tile of_256;
+};
+static_assert(sizeof(PrefillTile) <= 48 << 10, "what every GPU has");
+
+// The rows from `first` on that a tile takes, values from `part` on. The copy of keys is under way while values are
+// added, and theirs while keys are weighed.
+template <int kDims, bool kVectors>
+HQ_INLINE void attend_rows(const PrefillRows& rows, const uint16_t* keys, const uint16_t* values, int first, int part,
+                           typename Prefill<kDims>::Tile& tile) {
+    using P = Prefill<kDims>;
+    PrefillCopy<kDims, P::kKeys, kVectors> copy;
+    copy.length = rows.last(first + P::kRows - 1) + 1, copy.head_dim = rows.head_dim;
+    copy.begin(tile.keys, keys, 0);
+    P product;
+    product.begin(tile, rows, first, part);
+#pragma unroll 1
+    for (int from = 0; from < copy.length; from += P::kKeys) {
+        if (!P::kApart && from) barrier();
+        copy.finish(tile.keys, keys, from);
+        barrier();
+        copy.begin(tile.values, values, from);
+        product.weigh(tile, from);
+        if (!P::kApart) barrier();
+        copy.finish(tile.values, values, from);
+        barrier();
+        if (from + P::kKeys < copy.length) copy.begin(tile.keys, keys, from + P::kKeys);
+        product.add(tile);
+    }
+    product.finish(rows);
+}
+
+template <int kDims, bool kVectors>
+HQ_INLINE void attend_block(const PrefillRows& rows, const uint16_t* keys, const uint16_t* values, int first,
+                            typename Prefill<kDims>::Tile& tile) {
+    using P = Prefill<kDims>;
+    constexpr int kParts = kDims / P::kPart;
+#pragma unroll 1
+    for (int i = 0; i < kPrefillRows / P::kRows * kParts; i++) {
+        const int at = first + i / kParts * P::kRows, part = i % kParts * P::kPart;
+        if (at >= rows.rows || part >= rows.head_dim) continue;
+        if (i) barrier();
+        attend_rows<kDims, kVectors>(rows, keys, values, at, part, tile);
+    }
+}
+
+// Block (head of keys, 64 rows): the last rows, which see most, come first.
+HQ_RESIDENT_KERNEL(128, 2)
+attention_prefill_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y, const int* position,
+                      const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens,
+                      float scale) {
+    HQ_SHARED PrefillTile tile;
+    const int head_kv = (int)block_x(), group = n_head / n_head_kv, nrows = ntokens * group;
+    const int first = ((nrows - 1) / kPrefillRows - (int)block_y()) * kPrefillRows;
+    const int64_t cache = ((int64_t)slot[0] * n_head_kv + head_kv) * n_context * head_dim;
+    const int head = head_kv * group * head_dim;
+    const PrefillRows rows{qkv + head, y + head, (n_head + 2 * n_head_kv) * head_dim, n_head * head_dim, group,
+                           head_dim,   nrows,    position[0],                         scale * kLog2E};
+    const uint16_t *keys = k_cache + cache, *values = v_cache + cache;
+    if (head_dim % 8) attend_block<256, false>(rows, keys, values, first, tile.of_256);
+    else if (head_dim <= 64) attend_block<64, true>(rows, keys, values, first, tile.of_64);
+    else if (head_dim <= 96) attend_block<96, true>(rows, keys, values, first, tile.of_96);
+    else if (head_dim <= 128) attend_block<128, true>(rows, keys, values, first, tile.of_128);
+    else attend_block<256, true>(rows, keys, values, first, tile.of_256);
+}
