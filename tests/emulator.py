@@ -21,7 +21,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,17 @@ class Emulator:
         self.code_object, self.target = code_object, target
         self._child: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
+
+    def launch(
+        self, kernel: Kernel, grid: Dim3, params: Sequence[npt.NDArray[Any] | float], offsets: Sequence[int] = ()
+    ) -> None:
+        """As `Simulator.launch`: what the kernel writes arrives in the arrays."""
+        values = [
+            struct.unpack("<I", struct.pack("<f", value))[0] if arg.ctype == "float" else value
+            for arg, value in zip(kernel.args, params, strict=True)
+        ]
+        places = tuple(offsets) or (0,) * len(values)
+        self(cast("Case", SimpleNamespace(kernel=kernel, grid=grid, params=values, offsets=places)))
 
     def __call__(self, case: Case) -> None:
         """Runs a case; its output arrives in its parameters. Raises `EmulationError`."""

@@ -1,4 +1,7 @@
-"""The GPU engine's kernels, simulated under AddressSanitizer and UBSan, against float64 written out here."""
+"""The GPU engine's kernels, simulated under AddressSanitizer and UBSan, against float64 written out here.
+
+Where AMD_EMULATOR names a checkout of tinygrad, its emulator executes the machine code of four AMD targets as well.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import emulator
+from emulator import Emulator
 from hipquant import wiring
+from hipquant.codeobjects import ENGINE as CODE_OBJECTS
 from hipquant.quants import padded
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.simulate import Simulator
@@ -28,12 +34,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=[32, 64], ids=lambda wave: f"wave{wave}")
-def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator]:
-    sources = sorted(p for p in ENGINE.glob("*.hip") if p != gpu.ENGINE_UMBRELLA)
-    simulator = simulate.build(request.param, True, sources)
-    yield simulator
-    simulator.close()
+WAVES = [pytest.param(wave, id=f"wave{wave}") for wave in (32, 64)]
+EMULATED = [] if emulator.missing() else [pytest.param(target, id=target) for target in emulator.TARGETS]
+
+
+@pytest.fixture(scope="module", params=WAVES + EMULATED)
+def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator | Emulator]:
+    """The sources simulated; and, where there is an emulator, the machine code of four AMD targets on that."""
+    if isinstance(request.param, str):
+        path = CODE_OBJECTS.targets().get(request.param)
+        if path is None:
+            pytest.skip(f"{request.param} is not built: HIPQUANT_TARGETS")
+        found: Simulator | Emulator = Emulator(path.read_bytes(), request.param)
+    else:
+        sources = sorted(p for p in ENGINE.glob("*.hip") if p != gpu.ENGINE_UMBRELLA)
+        found = simulate.build(request.param, True, sources)
+    yield found
+    found.close()
 
 
 @pytest.fixture
@@ -41,7 +58,9 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng([ord(c) for c in request.node.name])
 
 
-def launch(simulator: Simulator, name: str, sizes: dict[str, int], *params: npt.NDArray[np.generic] | float) -> None:
+def launch(
+    simulator: Simulator | Emulator, name: str, sizes: dict[str, int], *params: npt.NDArray[np.generic] | float
+) -> None:
     """Launches a kernel of the table with the grid that it gives for `sizes`."""
     row = wiring.kernel(name)
     simulator.launch(row, row.grid(**sizes), params)  # type: ignore[arg-type]
@@ -131,7 +150,9 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Wide:
 
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize(("rows", "n"), [(1, 32), (3, 96), (2, 4096 + 32), (2, 576)])
-def test_norm(simulator: Simulator, rng: np.random.Generator, rows: int, n: int, with_residual: bool) -> None:
+def test_norm(
+    simulator: Simulator | Emulator, rng: np.random.Generator, rows: int, n: int, with_residual: bool
+) -> None:
     x, residual, weight = normal(rng, rows, n), normal(rng, rows, n), normal(rng, n)
     x[-1] *= 300
     sum = x + residual if with_residual else x
@@ -146,7 +167,7 @@ def test_norm(simulator: Simulator, rng: np.random.Generator, rows: int, n: int,
 
 
 @pytest.mark.parametrize("n", [1, 7, 258, 1023])
-def test_norm_of_any_length(simulator: Simulator, rng: np.random.Generator, n: int) -> None:
+def test_norm_of_any_length(simulator: Simulator | Emulator, rng: np.random.Generator, n: int) -> None:
     """Without q8_1 a row need not be whole blocks, nor aligned to 16 bytes."""
     x, residual, weight, y = normal(rng, 3, n), normal(rng, 3, n), normal(rng, n), poison(3, n)
     stream = x.copy()
@@ -155,7 +176,7 @@ def test_norm_of_any_length(simulator: Simulator, rng: np.random.Generator, n: i
     assert_close(y, rms_norm(stream, weight, 1e-6))
 
 
-def test_norm_of_zeros_and_nan(simulator: Simulator, rng: np.random.Generator) -> None:
+def test_norm_of_zeros_and_nan(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
     x = normal(rng, 3, 64)
     x[0], x[1, 5] = 0, np.nan
     expected = rms_norm(x, np.ones(64, np.float32), 1e-5)
@@ -176,7 +197,7 @@ def test_norm_of_zeros_and_nan(simulator: Simulator, rng: np.random.Generator) -
     [(4, 2, 64, 64), (3, 1, 128, 128), (2, 2, 48, 32), (1, 1, 2, 2), (4, 1, 256, 64), (2, 1, 10, 0)],
 )
 def test_rope(
-    simulator: Simulator, rng: np.random.Generator, n_head: int, n_head_kv: int, head_dim: int, n_rot: int
+    simulator: Simulator | Emulator, rng: np.random.Generator, n_head: int, n_head_kv: int, head_dim: int, n_rot: int
 ) -> None:
     n_context, slots = 6, 3
     position, slot = np.array([0, 5, 3, 3], np.int32), np.array([2, 0, 1, 2], np.int32)
@@ -244,7 +265,7 @@ ATTENTION = [
 
 @pytest.mark.parametrize(("head_dim", "n_head", "n_head_kv", "splits", "positions"), ATTENTION)
 def test_attention(
-    simulator: Simulator,
+    simulator: Simulator | Emulator,
     rng: np.random.Generator,
     head_dim: int,
     n_head: int,
@@ -295,7 +316,7 @@ def test_attention(
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 10])
-def test_attention_of_great_scores(simulator: Simulator, rng: np.random.Generator, head_dim: int) -> None:
+def test_attention_of_great_scores(simulator: Simulator | Emulator, rng: np.random.Generator, head_dim: int) -> None:
     """Scores of several hundreds, of both signs: no weight overflows, and the greatest one counts."""
     n = 70
     qkv = 30 * np.ones((1, 3, head_dim), np.float32)
@@ -312,7 +333,7 @@ def test_attention_of_great_scores(simulator: Simulator, rng: np.random.Generato
     assert_close(y[0], sums / weights, 2e-4)  # a score of 1000 is a float to 6e-5
 
 
-def test_attention_of_nan(simulator: Simulator, rng: np.random.Generator) -> None:
+def test_attention_of_nan(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
     """It goes through to the result: of a query to all of its head, of a value to its place in all heads."""
     n, head_dim = 40, 64
     qkv, cache = normal(rng, 1, 4, head_dim), halves(normal(rng, 2, 1, 1, n, head_dim))
@@ -333,7 +354,7 @@ def test_attention_of_nan(simulator: Simulator, rng: np.random.Generator) -> Non
 
 
 @pytest.mark.parametrize(("rows", "n"), [(1, 32), (3, 96), (2, 1024 + 32)])
-def test_silu(simulator: Simulator, rng: np.random.Generator, rows: int, n: int) -> None:
+def test_silu(simulator: Simulator | Emulator, rng: np.random.Generator, rows: int, n: int) -> None:
     gate_up = 4 * normal(rng, rows, 2 * n)
     gate_up[:, :16] = np.linspace(-120, 120, 16)
     gate_up[-1, [20, n - 1]] = np.nan  # of its block of q8_1 alone
@@ -345,7 +366,7 @@ def test_silu(simulator: Simulator, rng: np.random.Generator, rows: int, n: int)
     check_outputs(run, rows, n, gate / (1 + np.exp(-gate)) * up, 1e-6)
 
 
-def test_silu_is_exact_where_it_is_small(simulator: Simulator) -> None:
+def test_silu_is_exact_where_it_is_small(simulator: Simulator | Emulator) -> None:
     """The relative error of e^x: with up = 1, silu(gate) / gate = 1 / (1 + e^-gate)."""
     n = 1000
     gate = np.linspace(-85, 20, n).astype(np.float32)
@@ -359,7 +380,7 @@ def test_silu_is_exact_where_it_is_small(simulator: Simulator) -> None:
 
 
 @pytest.mark.parametrize(("n", "stride"), [(1, 3), (256, 256), (300, 700)])
-def test_bias(simulator: Simulator, rng: np.random.Generator, n: int, stride: int) -> None:
+def test_bias(simulator: Simulator | Emulator, rng: np.random.Generator, n: int, stride: int) -> None:
     x, bias = normal(rng, 3, stride), normal(rng, n)
     found = x.copy()
     launch(simulator, "add_bias_rows_f32", {"n": n, "rows": 3}, found, bias, n, stride)
@@ -387,7 +408,7 @@ def float_weights(rng: np.random.Generator, kind: str, rows: int, k: int) -> tup
     [(1, 1, 1, 0), (5, 33, 3, 0), (6, 512, 1, 0), (7, 608, 6, 0), (3, 264, 9, 4), (4, 1028, 2, 0), (2, 30, 4, 0)],
 )
 def test_float_products(
-    simulator: Simulator, rng: np.random.Generator, kind: str, rows: int, k: int, ncols: int, offset: int
+    simulator: Simulator | Emulator, rng: np.random.Generator, kind: str, rows: int, k: int, ncols: int, offset: int
 ) -> None:
     """Rows that begin at multiples of 16 bytes and rows that do not, ends that fill no vector, columns 1 to 9."""
     weights, exact = float_weights(rng, kind, rows, k)
@@ -404,7 +425,7 @@ def test_float_products(
 
 
 @pytest.mark.parametrize("n", [1, 31, 256, 1000])
-def test_argmax(simulator: Simulator, rng: np.random.Generator, n: int) -> None:
+def test_argmax(simulator: Simulator | Emulator, rng: np.random.Generator, n: int) -> None:
     x = normal(rng, 8, n)
     x[1] = rng.integers(0, 3, n)  # equals
     x[2] = np.nan
@@ -421,7 +442,7 @@ def test_argmax(simulator: Simulator, rng: np.random.Generator, n: int) -> None:
 
 
 @pytest.mark.parametrize("nbytes", [16, 4112, (1 << 20) + 48])
-def test_read_memory(simulator: Simulator, rng: np.random.Generator, nbytes: int) -> None:
+def test_read_memory(simulator: Simulator | Emulator, rng: np.random.Generator, nbytes: int) -> None:
     """The sum of the words of each MiB, modulo 2^32."""
     x = rng.integers(-(1 << 31), 1 << 31, nbytes // 4).astype(np.int32)
     found = np.full(-(-nbytes // (1 << 20)), -1, np.int32)

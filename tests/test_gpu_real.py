@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hipquant.driver import Event, gpu
 from hipquant.driver.gpu_module import Module
 from hipquant.driver.gpu_stream import Stream
 from hipquant.errors import DriverError, InvalidCodeObjectError, KernelNotFoundError, OutOfDeviceMemoryError
+from hipquant.models import DEMO
 
 REAL = os.environ.get("HIPQUANT_TEST_DEVICE", "")
 needs_device = pytest.mark.skipif(not REAL.startswith("cuda"), reason="HIPQUANT_TEST_DEVICE names no NVIDIA device")
@@ -135,3 +137,73 @@ def test_real_errors(real: gpu.Device) -> None:
     worker.start()
     worker.join()
     assert done == [[0, 1, 2, 3, 4]]
+
+
+def _nmse(found: np.ndarray, expected: np.ndarray) -> float:
+    exact = expected.astype(np.float64)
+    return float(((found - exact) ** 2).sum() / (exact**2).sum())
+
+
+@pytest.fixture(scope="module")
+def text() -> list[int]:
+    return np.random.default_rng(0).integers(0, hq.load().n_vocab, 2048).tolist()
+
+
+@needs_device
+@pytest.mark.parametrize("kind", ["as it is", "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_real_logits(real: gpu.Device, kind: str, text: list[int], tmp_path: Path) -> None:
+    """The demo model's logits are the CPU's, in a prompt, in steps of one token and of eight."""
+    path = None
+    if kind != "as it is":
+        from gguf import GGMLQuantizationType
+
+        from demo_requant import requantize
+
+        requantize(DEMO, path := tmp_path / "demo.gguf", GGMLQuantizationType[kind])
+    model, reference = (hq.load(path, device, sequences=8) for device in (real, "cpu"))
+    expected = reference.forward(text[:64], 0, logits="all")
+    assert _nmse(model.forward(text[:64], 0, logits="all"), expected) <= 1e-4
+    steps = [model.forward([token], i, sequence=1) for i, token in enumerate(text[:64])]
+    assert _nmse(np.array(steps), expected) <= 1e-4
+    for i, token in enumerate(text[:4]):
+        found = model.forward_batch([token] * 6, [i] * 6, [2, 3, 4, 5, 6, 7])
+    assert _nmse(found, np.repeat(expected[3:4], 6, axis=0)) <= 1e-4
+
+
+@needs_device
+def test_real_greedy_tokens(real: gpu.Device, text: list[int]) -> None:
+    """256 tokens are the CPU's, or differ first where the two best are as close as the logits of the two devices."""
+    model, reference = hq.load(device=real), hq.load(device="cpu")
+    token = text[0]
+    for position in range(256):
+        found, expected = (m.forward([token], position) for m in (model, reference))
+        if found.argmax() != expected.argmax():
+            best = np.sort(expected)[-2:]
+            assert best[1] - best[0] <= 2 * np.abs(found - expected).max(), position
+            return
+        token = int(expected.argmax())
+
+
+@needs_device
+def test_real_long_context(real: gpu.Device, text: list[int]) -> None:
+    model, reference = hq.load(device=real), hq.load(device="cpu")
+    n = min(model.context, len(text))
+    found, expected = (m.forward(text[:n], 0, logits="all") for m in (model, reference))
+    for position in (1, n // 2 - 1, n - 1):
+        assert _nmse(found[position], expected[position]) <= 1e-3, position
+
+
+@needs_device
+def test_real_models_come_and_go(real: gpu.Device) -> None:
+    """Two at once, and many one after the other: the memory is there again."""
+    hq.load(device=real).forward([1], 0)
+    free = real.free_memory
+    one, two = hq.load(device=real), hq.load(device=real)
+    assert one.forward([1, 2], 0).tolist() == two.forward([1, 2], 0).tolist()
+    del one, two
+    for _ in range(1000):
+        model = hq.load(device=real, context=256)
+        for position in range(3):
+            model.forward([1], position)
+    del model
+    assert real.free_memory >= free - (4 << 20)
