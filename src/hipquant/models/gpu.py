@@ -214,7 +214,7 @@ class GpuBlocks(Blocks[Products]):
     def _parts(self, s: Sizes, sequences: int, n_context: int) -> dict[str, int]:
         """The blocks' own memory: bytes of each part."""
         cache = 2 * s.n_layer * sequences * s.n_head_kv * n_context * s.head_dim
-        splits = max(n * self._splits(s, n) for n in (*range(1, MAX_CAPTURED + 1), CHUNK))
+        splits = max(n * self._splits(s, n) for n in range(1, MAX_CAPTURED + 1))
         parts = {
             "keys": cache,
             "values": cache,
@@ -231,9 +231,7 @@ class GpuBlocks(Blocks[Products]):
         return parts
 
     def _splits(self, s: Sizes, n: int) -> int:
-        """Into how many parts the positions of a sequence are split in a pass of n tokens, to keep all units busy."""
-        if n > MAX_CAPTURED:
-            return 1
+        """Into how many parts the positions of a sequence are split in a short pass, to keep all units busy."""
         return max(1, min(MAX_SPLITS, BLOCKS_TO_UNIT * self.units // (s.n_head_kv * n)))
 
     def _check_memory(self, weights: GpuWeights, s: Sizes, sequences: int, context: int) -> None:
@@ -272,7 +270,7 @@ class GpuBlocks(Blocks[Products]):
         self.branched = True
 
     def attention(self, layer: Layer[Products], i: int, n: int) -> None:
-        s, rope, split = self.sizes, wiring.kernel("rope_store_kv_f16"), wiring.kernel("attention_split_f16")
+        s, rope = self.sizes, wiring.kernel("rope_store_kv_f16")
         self._norm(layer.attn_norm, n, layer.qkv.wants(self.normed))
         layer.qkv(self.normed, self.qkv, n)
         each = self.keys.nbytes // s.n_layer
@@ -280,15 +278,30 @@ class GpuBlocks(Blocks[Products]):
         heads, tokens = (s.n_head, s.n_head_kv, s.head_dim), (self.positions, self.slots)
         grid = rope.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
         self.kernels(rope, grid, self.qkv, *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context)
-        splits = self._splits(s, n)
-        grid = split.grid(n_head_kv=s.n_head_kv, splits=splits, ntokens=n)
-        self.kernels(split, grid, self.qkv, *cache, self.partial, *tokens, *heads, self.n_context, splits,
-                     s.head_dim**-0.5)  # fmt: skip
-        combine, n_padded = wiring.kernel("attention_combine_q8_1"), self.attended.n_padded
-        grid = combine.grid(n_padded=n_padded, ntokens=n)
-        into = layer.attn_output.wants(self.attended)
-        self.kernels(combine, grid, self.partial, *into, s.n_head, s.head_dim, splits, n_padded)
+        attend = self._attend_short if n <= MAX_CAPTURED else self._attend_long
+        attend(cache, n, layer.attn_output.wants(self.attended))
         layer.attn_output(self.attended, self.branch, n)
+
+    def _attend_short(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
+        """Few tokens, of any sequences."""
+        s, split, combine = self.sizes, wiring.kernel("attention_split_f16"), wiring.kernel("attention_combine_q8_1")
+        splits, n_padded, tokens = self._splits(s, n), self.attended.n_padded, (self.positions, self.slots)
+        heads, scale = (s.n_head, s.n_head_kv, s.head_dim), s.head_dim**-0.5
+        grid = split.grid(n_head_kv=s.n_head_kv, splits=splits, ntokens=n)
+        self.kernels(split, grid, self.qkv, *cache, self.partial, *tokens, *heads, self.n_context, splits, scale)
+        grid = combine.grid(n_padded=n_padded, ntokens=n)
+        self.kernels(combine, grid, self.partial, *into, s.n_head, s.head_dim, splits, n_padded)
+
+    def _attend_long(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
+        """Tokens that follow each other in one sequence."""
+        s, kernel, quantize = self.sizes, wiring.kernel("attention_prefill_f16"), wiring.kernel("quantize_q8_1")
+        y, (_, q8_1), tokens = self.attended.floats, into, (self.positions, self.slots)
+        heads, scale = (s.n_head, s.n_head_kv, s.head_dim), s.head_dim**-0.5
+        grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
+        self.kernels(kernel, grid, self.qkv, *cache, y, *tokens, *heads, self.n_context, n, scale)
+        if q8_1 is not None:
+            grid = quantize.grid(k=self.attended.k, rows=n)
+            self.kernels(quantize, grid, y, q8_1, self.attended.k, self.attended.n_padded)
 
     def feed_forward(self, layer: Layer[Products], n: int) -> None:
         s, silu, n_padded = self.sizes, wiring.kernel("silu_mul_q8_1"), self.gated.n_padded

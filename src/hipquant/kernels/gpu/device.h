@@ -405,8 +405,8 @@ template <int N> HQ_INLINE void copy_async(void* to, const void* from, int bytes
 HQ_INLINE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
 
-// Four matrices of 8 x 8 halves from shared memory: lane l has the address of row l % 8 of matrix l / 8, a multiple of 16,
-// and gets of each matrix row l / 4, halves 2 (l % 4), + 1; or, transposed, these rows of column l / 4.
+// Four matrices of 8 x 8 halves from shared memory: lane l has the address of row l % 8 of matrix l / 8, a multiple of
+// 16, and gets of each matrix row l / 4, halves 2 (l % 4), + 1; or, transposed, these rows of column l / 4.
 HQ_INLINE void load_matrices(uint32_t r[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -493,7 +493,13 @@ HQ_INLINE float max2(float a, float b) { return a > b ? a : b; }
 
 // Two floats as halves, the first one in the low bits.
 HQ_INLINE uint32_t pack_halves(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+#else
     return float_to_half(low) | (uint32_t)float_to_half(high) << 16;
+#endif
 }
 
 constexpr float kLog2E = 1.44269502162933349609375f, kLog2ERest = 1.9259629911e-8f;  // their sum is log2(e)

@@ -339,9 +339,10 @@ static void multiply_f16(Fiber* team) {
     float a[16][16], b[8][16];
     for (int l = 0; l < kTeam; l++)
         for (int i = 0; i < 4; i++) {
-            const int at = i / 2 * 8 + l % 4 * 2 + i % 2;
-            for (int h = 0; h < 2; h++) a[l / 4 + 8 * h][at] = hq_half_to_float(team[l].a[i / 2 * 2 + h] >> i % 2 * 16 & 0xFFFF);
-            b[l / 4][at] = hq_half_to_float(team[l].b[i / 2] >> i % 2 * 16 & 0xFFFF);
+            const int part = i / 2, shift = i % 2 * 16, at = part * 8 + l % 4 * 2 + i % 2;
+            for (int h = 0; h < 2; h++)
+                a[l / 4 + 8 * h][at] = hq_half_to_float(team[l].a[part * 2 + h] >> shift & 0xFFFF);
+            b[l / 4][at] = hq_half_to_float(team[l].b[part] >> shift & 0xFFFF);
         }
     for (int l = 0; l < kTeam; l++)
         for (int i = 0; i < 4; i++)

@@ -141,7 +141,9 @@ HQ_INLINE uint32_t multiprocessors() { return 2; }
 
 HQ_INLINE void mma_k16(int c[4], const uint32_t a[2], uint32_t b, HQ_SITE) { hq_mma(c, a, &b, 16, file, line); }
 HQ_INLINE void mma_k32(int c[4], const uint32_t a[4], const uint32_t b[2], HQ_SITE) { hq_mma(c, a, b, 32, file, line); }
-HQ_INLINE void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2], HQ_SITE) { hq_mma_f16(c, a, b, file, line); }
+HQ_INLINE void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2], HQ_SITE) {
+    hq_mma_f16(c, a, b, file, line);
+}
 HQ_INLINE void load_matrices(uint32_t r[4], const void* row, HQ_SITE) {
     hq_load_matrices(r, aligned_to(16, row, "a matrix"), false, file, line);
 }

@@ -34,7 +34,9 @@ struct PrefillRows {
     HQ_MEMBER int last(int row) const { return position + token(row); }  // position that it sees
     // Values i and i + 1 of the query of a row as halves, or zeros.
     HQ_MEMBER uint32_t query_pair(const float* query, int i) const {
-        return i < head_dim ? pack_halves(query[i] * scale, query[i + 1] * scale) : 0;
+        if (i >= head_dim) return 0;
+        const Words<8> pair = field<8>(Row<8>{(const uint8_t*)(query + i)}, 0);
+        return pack_halves(bits<float>(pair.w[0]) * scale, bits<float>(pair.w[1]) * scale);
     }
     // Values i and i + 1 of the result.
     HQ_MEMBER void store_pair(int row, int i, float a, float b) const {
@@ -46,7 +48,12 @@ struct PrefillRows {
 // Where copies are asynchronous, or registers allow, they are under way from begin() to finish().
 template <int kDims, int kKeys, bool kVectors> struct PrefillCopy {
     static constexpr int kInRow = kDims / 8, kEach = kKeys * kInRow / kPrefillThreads;
-    static constexpr bool kAhead = !kMatrixUnits || kDims <= 128;
+    static constexpr bool kAhead = !kMatrixUnits || kDims < 128;
+#if HQ_ASYNC_COPIES
+    static constexpr bool kAsynchronous = kVectors;
+#else
+    static constexpr bool kAsynchronous = false;
+#endif
     static_assert(kKeys * kInRow % kPrefillThreads == 0, "every thread copies as much");
     int length, head_dim;
     Words<16> ahead[kEach];
@@ -68,42 +75,46 @@ template <int kDims, int kKeys, bool kVectors> struct PrefillCopy {
     }
     HQ_MEMBER void begin([[maybe_unused]] TileRow<kDims>* to, const uint16_t* cache, int first) {
 #if HQ_ASYNC_COPIES
-        if constexpr (kVectors) {
-#pragma unroll
+        if constexpr (kAsynchronous) {
+#pragma unroll 2  // no more: registers run out
             for (int i = 0; i < kEach; i++) {
                 const int key = first + piece(i) / kInRow, at = piece(i) % kInRow;
                 const bool inside = key < length && at * 8 < head_dim;
                 const uint32_t from = inside ? (uint32_t)key * (uint32_t)head_dim + at * 8 : 0;
                 copy_async<16>(&to[piece(i) / kInRow].halves[at], cache + from, inside ? 16 : 0);
             }
-            return;
         }
 #endif
-        if constexpr (kAhead)
+        if constexpr (kAhead && !kAsynchronous)
 #pragma unroll
             for (int i = 0; i < kEach; i++) ahead[i] = load(cache, first, i);
     }
     HQ_MEMBER void finish(TileRow<kDims>* to, const uint16_t* cache, int first) {
 #if HQ_ASYNC_COPIES
-        if constexpr (kVectors) return wait_copies();
+        if constexpr (kAsynchronous) wait_copies();
 #endif
-#pragma unroll
-        for (int i = 0; i < kEach; i++) {
-            const Words<16> v = kAhead ? ahead[i] : load(cache, first, i);
-            to[piece(i) / kInRow].halves[piece(i) % kInRow] = {v};
-        }
+        constexpr int kAtOnce = kAhead ? kEach : 2;
+        if constexpr (!kAsynchronous)
+#pragma unroll kAtOnce
+            for (int i = 0; i < kEach; i++) {
+                const Words<16> v = kAhead ? ahead[i] : load(cache, first, i);
+                to[piece(i) / kInRow].halves[piece(i) % kInRow] = {v};
+            }
     }
 };
 
+// What a block does with kRows rows and kKeys keys at a time.
+template <int kDims, bool kByMatrixUnits = kMatrixUnits> struct Prefill;
+
 // By matrix units: a team takes 16 rows, lane l of it rows l / 4 and l / 4 + 8 and, of every 8 keys or values, those at
 // 2 (l % 4) and behind.
-template <int kDims> struct PrefillByMatrixUnits {
+template <int kDims> struct Prefill<kDims, true> {
     static constexpr int kRows = 64, kKeys = kDims > 128 ? 32 : 64;
     static constexpr int kPart = kDims > 128 ? 128 : kDims;  // of the values, at a time: registers run out
     struct Tile {
         TileRow<kDims> keys[kKeys], values[kKeys];
     };
-    static constexpr bool kApart = true;  // keys and values
+    static constexpr bool kApart = true;  // keys and values lie in places of their own
     uint32_t query[kDims / 16][4];
     float sum[kPart / 8][4], score[kKeys / 8][4], top[2], weights[2];
     int row, last[2], lane, part, shown;  // shown: keys that no row of the block is without
@@ -115,7 +126,8 @@ template <int kDims> struct PrefillByMatrixUnits {
             const float* from = rows.query(row + 8 * h);
             top[h] = -infinity(), weights[h] = 0, last[h] = rows.last(row + 8 * h);
 #pragma unroll
-            for (int i = 0; i < kDims / 8; i++) query[i / 2][i % 2 * 2 + h] = rows.query_pair(from, 8 * i + lane % 4 * 2);
+            for (int i = 0; i < kDims / 8; i++)
+                query[i / 2][i % 2 * 2 + h] = rows.query_pair(from, 8 * i + lane % 4 * 2);
         }
 #pragma unroll
         for (int i = 0; i < kPart / 8; i++)
@@ -185,13 +197,14 @@ template <int kDims> struct PrefillByMatrixUnits {
             const float factor = 1 / weights[h];
 #pragma unroll
             for (int i = 0; i < kPart / 8; i++)
-                rows.store_pair(row + 8 * h, part + 8 * i + lane % 4 * 2, sum[i][2 * h] * factor, sum[i][2 * h + 1] * factor);
+                rows.store_pair(row + 8 * h, part + 8 * i + lane % 4 * 2, sum[i][2 * h] * factor,
+                                sum[i][2 * h + 1] * factor);
         }
     }
 };
 
 // By fused multiply-adds: 16 lanes take 4 rows; a lane has every 16th key, and every 16th pair of values.
-template <int kDims> struct PrefillByVectors {
+template <int kDims> struct Prefill<kDims, false> {
     static constexpr int kRows = 32, kKeys = kDims > 128 ? 16 : 32, kLanes = 16, kMine = 4;
     static constexpr int kPart = kDims;
     struct Tile {
@@ -276,13 +289,6 @@ template <int kDims> struct PrefillByVectors {
     }
 };
 
-template <bool> struct ChoosePrefill {
-    template <int kDims> using Type = PrefillByMatrixUnits<kDims>;
-};
-template <> struct ChoosePrefill<false> {
-    template <int kDims> using Type = PrefillByVectors<kDims>;
-};
-template <int kDims> using Prefill = typename ChoosePrefill<kMatrixUnits>::template Type<kDims>;
 union PrefillTile {
     Prefill<64>::Tile of_64;
     Prefill<96>::Tile of_96;

@@ -1,0 +1,148 @@
+"""Attention of long passes, simulated under AddressSanitizer and UBSan: both ways through it, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from hipquant import wiring
+from hipquant.toolchain import gpu, simulate
+from hipquant.toolchain.simulate import Simulator
+from reference import nmse
+
+Floats = npt.NDArray[np.float32]
+Wide = npt.NDArray[np.float64]
+Halves = npt.NDArray[np.uint16]
+
+ROW = wiring.kernel("attention_prefill_f16")
+LIMIT = 1e-6  # NMSE: queries and weights are rounded to halves
+NAN = 0x7E00
+pytestmark = pytest.mark.skipif(
+    not simulate.can_sanitize(),
+    reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(32, True), (64, True), (32, False), (64, False)],
+    ids=lambda p: f"wave{p[0]}-{'matrix-units' if p[1] else 'vectors'}",
+)
+def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator]:
+    wave, matrix_units = request.param
+    simulator = simulate.build(wave, True, gpu.ENGINE / "attention_prefill.hip", matrix_units=matrix_units)
+    yield simulator
+    simulator.close()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng([ord(c) for c in request.node.name])
+
+
+class Pass:
+    """A pass of n tokens behind `offset` positions of sequence 1 of 3; what is not yet in the cache is NaN."""
+
+    def __init__(
+        self, rng: np.random.Generator, n: int, offset: int, head_dim: int, n_head: int, n_head_kv: int
+    ) -> None:
+        self.n, self.offset, self.sizes = n, offset, (n_head, n_head_kv, head_dim)
+        self.scale, self.length, self.n_context = float(np.float32(1.5 / np.sqrt(head_dim))), offset + n, offset + n + 3
+        self.qkv = rng.standard_normal((n, n_head + 2 * n_head_kv, head_dim)).astype(np.float32)
+        self.qkv[:, n_head:] = np.nan  # they are read from the cache alone
+        self.cache = np.full((2, 3, n_head_kv, self.n_context, head_dim), NAN, np.uint16)
+        there = rng.standard_normal((2, n_head_kv, self.length, head_dim)).astype(np.float16)
+        self.cache[:, 1, :, : self.length] = there.view(np.uint16)
+
+    def run(self, simulator: Simulator) -> Floats:
+        n_head, n_head_kv, head_dim = self.sizes
+        y = np.full((self.n, n_head, head_dim), np.nan, np.float32)
+        position = np.arange(self.offset, self.length, dtype=np.int32)
+        slot = np.ones(self.n, np.int32)
+        grid = ROW.grid(n_head=n_head, n_head_kv=n_head_kv, ntokens=self.n)
+        numbers = n_head, n_head_kv, head_dim, self.n_context, self.n, self.scale
+        simulator.launch(ROW, grid, (self.qkv, *self.cache, y, position, slot, *numbers))
+        return y
+
+    def expected(self) -> Wide:
+        n_head, n_head_kv, head_dim = self.sizes
+        keys, values = self.cache[:, 1, :, : self.length].view(np.float16).astype(np.float64)
+        queries = self.qkv[:, :n_head].astype(np.float64).reshape(self.n, n_head_kv, -1, head_dim)
+        scores = np.einsum("tkgd,kpd->tkgp", queries, keys) * self.scale
+        seen = np.arange(self.length) <= np.arange(self.offset, self.length)[:, None]
+        scores = np.where(seen[:, None, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        sums = np.einsum("tkgp,kpd->tkgd", weights / weights.sum(-1, keepdims=True), values)
+        return sums.reshape(self.n, n_head, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("n", "offset", "head_dim", "n_head", "n_head_kv"),
+    [
+        (1, 0, 64, 1, 1),
+        (9, 0, 64, 4, 4),
+        (64, 0, 64, 1, 1),
+        (70, 5, 64, 2, 2),
+        (70, 37, 128, 1, 1),
+        (33, 0, 128, 6, 2),
+        (17, 5, 128, 8, 2),
+        (20, 37, 128, 7, 1),
+        (9, 130, 128, 8, 1),
+        (31, 37, 80, 3, 1),
+        (65, 0, 96, 1, 1),
+        (12, 5, 48, 4, 1),
+        (10, 0, 24, 3, 3),
+        (35, 37, 256, 2, 1),
+        (9, 0, 136, 1, 1),
+        (40, 0, 250, 2, 2),
+        (23, 5, 50, 3, 1),
+        (70, 0, 2, 1, 1),
+        (5, 62, 64, 1, 1),  # the second token's key is the last one of a tile
+        (5, 62, 256, 1, 1),
+    ],
+)
+def test_passes(
+    simulator: Simulator, rng: np.random.Generator, n: int, offset: int, head_dim: int, n_head: int, n_head_kv: int
+) -> None:
+    a_pass = Pass(rng, n, offset, head_dim, n_head, n_head_kv)
+    found, expected = a_pass.run(simulator), a_pass.expected()
+    assert nmse(found, expected) <= LIMIT
+    np.testing.assert_allclose(found, expected, atol=5e-3)  # of each token
+
+
+def test_great_scores(simulator: Simulator, rng: np.random.Generator) -> None:
+    """Scores of several hundreds that grow and fall along the keys: no weight overflows, and the greatest counts."""
+    a_pass = Pass(rng, 40, 60, 64, 2, 1)
+    a_pass.qkv[:, :2] = 32  # exact as halves, also with the scale
+    a_pass.scale = 0.0625 / np.log2(np.e)
+    size = rng.permutation(np.linspace(-16, 16, a_pass.length)).astype(np.float16)
+    a_pass.cache[0, 1, 0, : a_pass.length] = size.view(np.uint16)[:, None]
+    found, expected = a_pass.run(simulator), a_pass.expected()
+    assert nmse(found, expected) <= LIMIT
+
+
+def test_nan(simulator: Simulator, rng: np.random.Generator) -> None:
+    """Of a query it goes to all of its head, of a value to its place, from its token on."""
+    a_pass = Pass(rng, 70, 0, 64, 2, 1)
+    expected = np.zeros((70, 2, 64), bool)
+    a_pass.qkv[20, 1, 3], a_pass.cache[1, 1, 0, 40, 7] = np.nan, NAN
+    expected[20, 1] = expected[40:, :, 7] = True
+    found = np.isnan(a_pass.run(simulator))
+    rows = 32  # tokens of a block, whose earlier ones see weights of 0 times NaN
+    np.testing.assert_array_equal(found[rows * 2 :], expected[rows * 2 :])
+    np.testing.assert_array_equal(found[:rows], expected[:rows])
+    assert found[40:, :, 7].all()
+    assert not found[:, :, 8:][~expected[:, :, 8:]].any()
+
+
+def test_the_same_as_one_at_a_time(simulator: Simulator, rng: np.random.Generator) -> None:
+    """What later tokens are does not matter to a bit: a pass and its beginning agree."""
+    whole = Pass(rng, 50, 5, 128, 4, 2)
+    found = whole.run(simulator)
+    whole.n, whole.qkv = 20, np.ascontiguousarray(whole.qkv[:20])
+    whole.length = 25
+    whole.cache[:, 1, :, 25:] = NAN
+    np.testing.assert_array_equal(whole.run(simulator), found[:20])
