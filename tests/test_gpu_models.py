@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 import hipquant as hq
-from hipquant.errors import DriverError, HipquantError, InvalidModelFileError, OutOfDeviceMemoryError
+from hipquant.codeobjects import ENGINE
+from hipquant.errors import (
+    DriverError,
+    HipquantError,
+    InvalidCodeObjectError,
+    InvalidModelFileError,
+    OutOfDeviceMemoryError,
+)
 from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType
 from models import write_llama
 from reference import LlamaReference, nmse
@@ -116,7 +123,9 @@ def test_the_same_text(gpu: SimulatedGpu, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said_before_anything_is_allocated(tmp_path: Path) -> None:
     write_llama(tmp_path / "m.gguf", **(SMALL | {"context": 1 << 20}))
     with simulated_gpu("cuda", 32, memory=64 << 20) as gpu:
-        device, live = gpu.device, gpu.live()
+        device = gpu.device
+        hq.load(tmp_path / "m.gguf", device=device, context=128)  # loads modules, which stay
+        live = gpu.live()
         with pytest.raises(OutOfDeviceMemoryError, match=r"m.gguf with 1 x 1048576 positions \(a context of \d+ would"):
             hq.load(tmp_path / "m.gguf", device=device, context=1 << 20)
         assert gpu.live() == live
@@ -177,3 +186,14 @@ def test_any_call_may_fail(cuda: SimulatedGpu, tmp_path: Path) -> None:
         assert cuda.live() == live, (n, cuda.failed)
     use()
     assert failed > total // 6
+
+
+def test_an_installation_without_objects_for_the_gpu(
+    cuda: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the weights are read, with the command that builds them."""
+    write_llama(tmp_path / "m.gguf", **SMALL)
+    monkeypatch.setattr(ENGINE, "targets", dict)
+    monkeypatch.setattr(cuda.device, "_modules", {})
+    with pytest.raises(InvalidCodeObjectError, match="engine holds none.*hipquant build --target sm_90a"):
+        hq.load(tmp_path / "m.gguf", device=cuda.device)

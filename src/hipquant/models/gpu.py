@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import wiring
+from ..codeobjects import ENGINE, QUANTIZED
 from ..driver import Buffer, Device
 from ..errors import OutOfDeviceMemoryError
 from ..gguf_file import GGUFFile, TensorInfo
@@ -90,6 +91,8 @@ class GpuWeights(Weights[Products]):
     """Weights in a GPU's memory, in one place, each tensor once, copied through pinned memory."""
 
     def __init__(self, file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None = None) -> None:
+        for code_object in (QUANTIZED, ENGINE):  # what is missing is said now, not at the first launch
+            device.load(code_object)
         super().__init__(file, device, progress)
         self._place: Buffer | None = None
         self._used = 0
