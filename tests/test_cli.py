@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import pty
 import re
 import select
@@ -514,6 +515,23 @@ def test_bench(mute):
     shown = call("bench", mute, "-p", "9", "-n", "0", "-r", "1").stdout
     assert shown.index("threads") < shown.index("pp9")
     assert "tg" not in shown
+
+
+def test_a_report_to_send(mute, tmp_path):
+    """The device, the sizes and the figures; no path."""
+    report = tmp_path / "report.json"
+    shown = call("bench", mute, "-p", "9", "-n", "2", "-r", "1", "--batch", "2", "--report", str(report)).stdout
+    assert "pp9" in shown
+    text = report.read_text()
+    found = json.loads(text)
+    assert [r["test"] for r in found["results"]] == ["pp9", "tg2", "batch2 tg2"]
+    assert found["device"]["code_object"].startswith("x86-64" if platform.machine() == "x86_64" else "aarch64")
+    assert sum(found["model"]["bytes_by_type"].values()) >= found["model"]["weights_bytes"] > 0
+    assert found["read_ceiling_bytes_per_second"] > 0
+    assert str(tmp_path) not in text
+    assert str(mute) not in text
+    nowhere = str(tmp_path / "none" / "report.json")
+    assert "cannot be written" in error_of(call("bench", mute, "--report", nowhere))
 
 
 def test_bench_times_no_nonsense(mute, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import subprocess
@@ -59,6 +60,9 @@ class Result:
 @click.option("-n", "--tokens", default=32, show_default=True, type=click.IntRange(min=0), help="Tokens to generate.")
 @click.option("-r", "--repeat", default=3, show_default=True, type=click.IntRange(min=1), help="Times to measure.")
 @click.option("--batch", type=Batches(), default="1,2,4,8", show_default=True, help="Sequences generated at once.")
+@click.option(
+    "--report", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write a file that you can send."
+)
 @device_options
 @json_option
 def command(
@@ -67,6 +71,7 @@ def command(
     tokens: int,
     repeat: int,
     batch: list[int],
+    report: Path | None,
     device: str,
     threads: int | None,
     as_json: bool,
@@ -74,8 +79,11 @@ def command(
     """Measures MODEL, a GGUF file (default: the demo model), on random tokens.
 
     pp: tokens of a prompt in one go; tg: one token after the other; batch: one token each of several sequences in one
-    pass. Given are the median and half the range. GB/s counts the weights that are read.
+    pass. Given are the median and half the range. GB/s counts the weights that are read. A report holds all of it as
+    JSON, with the device, its driver and the system, and no path or name of yours.
     """
+    if report is not None:
+        _write(report, "")  # what cannot be written is said before anything is measured
     loaded = open_model(model, device, threads, max(prompt, tokens + 1), max(batch, default=1))
     bench = _Bench(loaded, prompt, tokens, repeat)
     bench.check()
@@ -86,9 +94,12 @@ def command(
 
     ceiling = read_ceiling(loaded.device)
     results = bench.results(batch if tokens else [])
+    tests = [vars(r) | {"median": r.median, "spread": r.spread} for r in results]
+    measured = {"repetitions": repeat, "read_ceiling_bytes_per_second": ceiling, "results": tests}
+    if report is not None:
+        _write(report, json.dumps(_system(loaded) | measured, indent=1) + "\n")
     if as_json:
-        tests = [vars(r) | {"median": r.median, "spread": r.spread} for r in results]
-        emit_json(about | {"repetitions": repeat, "read_ceiling_bytes_per_second": ceiling, "results": tests})
+        emit_json(about | measured)
     else:
         emit(table(("test", "tokens/s", "±", "GB/s", "of the ceiling"), [_row(r, ceiling) for r in results]))
         reader = "The threads read" if loaded.device.kind == "cpu" else "The device reads"
@@ -170,6 +181,37 @@ def _about(model: Model) -> dict[str, str]:
         "versions": f"hipquant {__version__}, Python {platform.python_version()}, numpy {np.__version__}",
         **({"commit": commit} if commit else {}),
     }
+
+
+def _system(model: Model) -> dict[str, object]:
+    """What figures depend on: versions, system, device, and the model's sizes and types."""
+    from .. import __version__
+    from .devices import describe
+
+    types: dict[str, int] = {}
+    for tensor in model.file.tensors.values():
+        types[tensor.type.name] = types.get(tensor.type.name, 0) + tensor.nbytes
+    return {
+        "hipquant": __version__,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "device": describe(model.device),
+        "model": {
+            "name": model.file.get("general.name", str, ""),
+            "architecture": model.file.require("general.architecture", str),
+            "weights_bytes": model.weights_bytes,
+            "bytes_by_type": types,
+        },
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _commit() -> str:

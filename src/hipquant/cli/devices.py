@@ -23,7 +23,7 @@ def command(as_json: bool) -> None:
             devices += _gpus(kind)
         except hipquant.HipquantError as error:
             missing[kind] = str(error)
-    found = [_describe(device) for device in devices]
+    found = [describe(device) for device in devices]
     if as_json:
         emit_json({"devices": found, "unavailable": missing})
         return
@@ -54,7 +54,8 @@ def _gpus(kind: str) -> list[Any]:
     return [open_device(kind, index) for index in range(device_count(kind))]
 
 
-def _describe(device: Any) -> dict[str, Any]:
+def describe(device: Any) -> dict[str, Any]:
+    """A device as `hipquant devices --json` gives it."""
     common = {
         "name": device.kind if device.kind == "cpu" else repr(device),
         "device": device.name,
