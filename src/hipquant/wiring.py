@@ -335,7 +335,7 @@ def _gpu_engine() -> Iterator[Kernel]:
     )
     yield kernel(
         "read_memory",
-        "const void* x, int* dst, size_t nbytes",
+        "const void* x, int* dst, int64_t nbytes",
         (256, 1, 1),
         lambda nbytes: (_ceil(nbytes, 1 << 20), 1, 1),
     )
