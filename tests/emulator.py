@@ -25,10 +25,12 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
 from hipquant import wiring
+from hipquant.codeobjects import ENGINE
 from hipquant.toolchain.cases import Case
 from hipquant.toolchain.verify import SIZES
 from hipquant.wiring import Dim3, Kernel
@@ -114,6 +116,19 @@ class Emulator:
             self._child.join()
             self._pipe.close()
         self._child = self._pipe = None
+
+
+def engine_targets() -> list[str]:
+    """Where the engine's kernels can be emulated."""
+    return [] if missing() else list(TARGETS)
+
+
+def engine(target: str) -> Emulator:
+    """The engine's kernels of a target; skips the test where they are not built."""
+    path = ENGINE.targets().get(target)
+    if path is None:
+        pytest.skip(f"{target} is not built: HIPQUANT_TARGETS")
+    return Emulator(path.read_bytes(), target)
 
 
 # In the child

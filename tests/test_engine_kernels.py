@@ -14,7 +14,6 @@ import pytest
 import emulator
 from emulator import Emulator
 from hipquant import wiring
-from hipquant.codeobjects import ENGINE as CODE_OBJECTS
 from hipquant.quants import padded
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.simulate import Simulator
@@ -35,17 +34,14 @@ pytestmark = pytest.mark.skipif(
 
 
 WAVES = [pytest.param(wave, id=f"wave{wave}") for wave in (32, 64)]
-EMULATED = [] if emulator.missing() else [pytest.param(target, id=target) for target in emulator.TARGETS]
+EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
 
 
 @pytest.fixture(scope="module", params=WAVES + EMULATED)
 def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator | Emulator]:
     """The sources simulated; and, where there is an emulator, the machine code of four AMD targets on that."""
     if isinstance(request.param, str):
-        path = CODE_OBJECTS.targets().get(request.param)
-        if path is None:
-            pytest.skip(f"{request.param} is not built: HIPQUANT_TARGETS")
-        found: Simulator | Emulator = Emulator(path.read_bytes(), request.param)
+        found: Simulator | Emulator = emulator.engine(request.param)
     else:
         sources = sorted(p for p in ENGINE.glob("*.hip") if p != gpu.ENGINE_UMBRELLA)
         found = simulate.build(request.param, True, sources)

@@ -1,4 +1,7 @@
-"""Attention of long passes, simulated under AddressSanitizer and UBSan: both ways through it, against float64."""
+"""Attention of long passes, simulated under AddressSanitizer and UBSan: both ways through it, against float64.
+
+Where AMD_EMULATOR names a checkout of tinygrad, its emulator executes the machine code of four AMD targets as well.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import emulator
+from emulator import Emulator
 from hipquant import wiring
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.simulate import Simulator
@@ -26,16 +31,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(32, True), (64, True), (32, False), (64, False)],
-    ids=lambda p: f"wave{p[0]}-{'matrix-units' if p[1] else 'vectors'}",
-)
-def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator]:
-    wave, matrix_units = request.param
-    simulator = simulate.build(wave, True, gpu.ENGINE / "attention_prefill.hip", matrix_units=matrix_units)
-    yield simulator
-    simulator.close()
+SIMULATED = [
+    pytest.param((wave, units), id=f"wave{wave}-{'matrix-units' if units else 'vectors'}")
+    for units in (True, False)
+    for wave in (32, 64)
+]
+EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
+
+
+@pytest.fixture(scope="module", params=SIMULATED + EMULATED)
+def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator | Emulator]:
+    if isinstance(request.param, str):
+        found: Simulator | Emulator = emulator.engine(request.param)
+    else:
+        wave, units = request.param
+        found = simulate.build(wave, True, gpu.ENGINE / "attention_prefill.hip", matrix_units=units)
+    yield found
+    found.close()
 
 
 @pytest.fixture
@@ -57,7 +69,7 @@ class Pass:
         there = rng.standard_normal((2, n_head_kv, self.length, head_dim)).astype(np.float16)
         self.cache[:, 1, :, : self.length] = there.view(np.uint16)
 
-    def run(self, simulator: Simulator) -> Floats:
+    def run(self, simulator: Simulator | Emulator) -> Floats:
         n_head, n_head_kv, head_dim = self.sizes
         y = np.full((self.n, n_head, head_dim), np.nan, np.float32)
         position = np.arange(self.offset, self.length, dtype=np.int32)
@@ -105,7 +117,13 @@ class Pass:
     ],
 )
 def test_passes(
-    simulator: Simulator, rng: np.random.Generator, n: int, offset: int, head_dim: int, n_head: int, n_head_kv: int
+    simulator: Simulator | Emulator,
+    rng: np.random.Generator,
+    n: int,
+    offset: int,
+    head_dim: int,
+    n_head: int,
+    n_head_kv: int,
 ) -> None:
     a_pass = Pass(rng, n, offset, head_dim, n_head, n_head_kv)
     found, expected = a_pass.run(simulator), a_pass.expected()
@@ -113,7 +131,7 @@ def test_passes(
     np.testing.assert_allclose(found, expected, atol=5e-3)  # of each token
 
 
-def test_great_scores(simulator: Simulator, rng: np.random.Generator) -> None:
+def test_great_scores(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
     """Scores of several hundreds that grow and fall along the keys: no weight overflows, and the greatest counts."""
     a_pass = Pass(rng, 40, 60, 64, 2, 1)
     a_pass.qkv[:, :2] = 32  # exact as halves, also with the scale
@@ -124,7 +142,7 @@ def test_great_scores(simulator: Simulator, rng: np.random.Generator) -> None:
     assert nmse(found, expected) <= LIMIT
 
 
-def test_nan(simulator: Simulator, rng: np.random.Generator) -> None:
+def test_nan(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
     """Of a query it goes to all of its head, of a value to its place, from its token on."""
     a_pass = Pass(rng, 70, 0, 64, 2, 1)
     expected = np.zeros((70, 2, 64), bool)
@@ -138,7 +156,7 @@ def test_nan(simulator: Simulator, rng: np.random.Generator) -> None:
     assert not found[:, :, 8:][~expected[:, :, 8:]].any()
 
 
-def test_the_same_as_one_at_a_time(simulator: Simulator, rng: np.random.Generator) -> None:
+def test_the_same_as_one_at_a_time(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
     """What later tokens are does not matter to a bit: a pass and its beginning agree."""
     whole = Pass(rng, 50, 5, 128, 4, 2)
     found = whole.run(simulator)
