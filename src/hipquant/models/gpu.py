@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import wiring
 from ..codeobjects import ENGINE, QUANTIZED
-from ..driver import Buffer, Device
+from ..driver import Buffer, Device, gpu
 from ..errors import OutOfDeviceMemoryError
 from ..gguf_file import GGUFFile, TensorInfo
 from ..quants import FLOAT_TYPES, Q8_1, QuantType, padded
@@ -117,6 +117,7 @@ class GpuWeights(Weights[Products]):
         for alike in _alike(infos):
             rows = sum(info.shape[0] for info in alike)
             runs.append(Run(alike[0].type, rows, at, self._upload(alike)))
+            self.memory += runs[-1].weights.nbytes
             at += rows
         at = 0
         for matrix in matrices:
@@ -161,7 +162,7 @@ class GpuWeights(Weights[Products]):
             pinned[:] = part
             stream.synchronize()  # the piece before has arrived
             to.write_async(pinned, stream, first * row_bytes)
-            self._count(part.nbytes, part.nbytes)
+            self._count(part.nbytes, 0)
         stream.synchronize()
 
 
@@ -189,7 +190,8 @@ class GpuBlocks(Blocks[Products]):
         s, device = sizes, weights.device
         if s.head_dim > MAX_HEAD_DIM or s.head_dim % 2:
             weights.file.fail(f"heads of {s.head_dim} values do not run on a GPU, only even ones up to {MAX_HEAD_DIM}")
-        self.units: int = getattr(device, "compute_units", 1)
+        assert isinstance(device, gpu.Device)
+        self.units = device.compute_units
         self._check_memory(weights, s, sequences, context)
         weights.reserve()
         super().__init__(weights, s, embedding, CHUNK, sequences, context)
@@ -248,7 +250,7 @@ class GpuBlocks(Blocks[Products]):
             return
         each = (asked(1 << 20) - asked(0)) / (1 << 20)
         fits = int((free - asked(0)) / each) // 16 * 16
-        hint = f"a context of {fits} would fit" if fits > 0 else "not even the weights fit"
+        hint = f"a context of {fits} would fit" if fits > 0 else f"{asked(0) / 2**20:,.1f} MiB even with none"
         name = weights.file.path.name
         raise OutOfDeviceMemoryError(asked(context), free, f"{name} with {sequences} x {context} positions ({hint})")
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -39,27 +39,19 @@ class Kernels:
         function.launch(grid, kernel.block, 0, self.stream, params)
 
 
-class Sizes(Protocol):
+@dataclass(frozen=True)
+class Sizes:
     """What blocks must know of a model."""
 
-    @property
-    def n_layer(self) -> int: ...
-    @property
-    def n_embd(self) -> int: ...
-    @property
-    def n_head(self) -> int: ...
-    @property
-    def n_head_kv(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def n_ff(self) -> int: ...
-    @property
-    def n_vocab(self) -> int: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def rope(self) -> Rope: ...
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff: int
+    n_vocab: int
+    eps: float
+    rope: Rope
 
 
 class Matrix(NamedTuple):
@@ -148,7 +140,10 @@ class Blocks(ABC, Generic[L]):
 
 
 class Weights(ABC, Generic[L]):
-    """Takes the tensors of a model file onto a device; `memory` counts the bytes of weights there."""
+    """Takes the tensors of a model file onto a device; `memory` counts the bytes of weights that a pass reads.
+
+    An embedding of which rows are taken is not among them, unless it is the output as well.
+    """
 
     def __init__(self, file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None = None) -> None:
         self.file, self.device, self.kernels = file, device, Kernels(device)

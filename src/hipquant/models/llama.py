@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ..driver import Device
 from ..gguf_file import GGUFFile
-from .layers import Blocks, L, Layer, Matrix, Rope, Weights
+from .layers import Blocks, L, Layer, Matrix, Rope, Sizes, Weights
 from .model import Model, open_weights
 
 MAX_DEFAULT_CONTEXT = 8192
@@ -19,19 +19,10 @@ EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Sizes):
     """Sizes of a llama model, read from the metadata and checked against each other."""
 
-    n_layer: int
-    n_embd: int
-    n_head: int
-    n_head_kv: int
-    head_dim: int
-    n_ff: int
-    n_vocab: int
     n_context: int  # that the model was trained for
-    eps: float
-    rope: Rope
 
     @classmethod
     def read(cls, file: GGUFFile) -> Config:

@@ -54,7 +54,7 @@ class Model:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of weights on the device."""
+        """Bytes of weights that a pass reads: all but an embedding of which only rows are taken."""
         return self._weights.memory
 
     @property
