@@ -195,17 +195,16 @@ class GpuBlocks(Blocks[Products]):
         self._check_memory(weights, s, sequences, context)
         weights.reserve()
         super().__init__(weights, s, embedding, CHUNK, sequences, context)
-        parts = self._parts(s, sequences, self.n_context)
-        place = device.allocate(sum(map(_aligned, parts.values())), "the KV cache and activations")
-        views, at = {}, 0
-        for name, nbytes in parts.items():
-            views[name] = place.view(at, nbytes)
-            at += _aligned(nbytes)
-        self.keys, self.values, self.table, self.logits = (views[k] for k in ("keys", "values", "rope", "logits"))
-        self.x, self.branch, self.qkv, self.gate_up = (views[k] for k in ("x", "branch", "qkv", "gate_up"))
-        self.partial = views["partial"]
+        # Each on its own: what is written behind the end of one is seen by tools, and does not reach the next.
+        parts = {
+            name: device.allocate(nbytes, f"the KV cache and activations ({name})")
+            for name, nbytes in self._parts(s, sequences, self.n_context).items()
+        }
+        self.keys, self.values, self.table, self.logits = (parts[k] for k in ("keys", "values", "rope", "logits"))
+        self.x, self.branch, self.qkv, self.gate_up = (parts[k] for k in ("x", "branch", "qkv", "gate_up"))
+        self.partial = parts["partial"]
         self.normed, self.attended, self.gated = (
-            Activations(k, views[f"{name}, q8_1"], views[f"{name}, floats"]) for name, k in self._activations(s)
+            Activations(k, parts[f"{name}, q8_1"], parts[f"{name}, floats"]) for name, k in self._activations(s)
         )
         self.table.write(self.rope_table)
         self._read = device.allocate_host(self.logits.nbytes).view(np.float32)
