@@ -7,6 +7,23 @@
 // next are on their way. mat_vec.hip includes this where device.h has copies in the background.
 #pragma once
 
+HQ_INLINE int signed_byte(uint32_t v, int i) { return (int)permute(v, 0, 0x8880 + 0x1111 * (uint32_t)i); }
+
+// A block in shared memory that lies at a multiple of 2: `odd` (0 or 2) behind `p`, which is a multiple of 4.
+struct SharedBlock {
+    const uint8_t* p;
+    uint32_t odd;
+    // N bytes from a multiple of 4 on, which the block does not end with.
+    template <int N> HQ_MEMBER Words<N> field(uint32_t at) const {
+        const Words<N + 4> v = load_shared<N + 4, 4>(p + at);
+        Words<N> r;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) r.w[i] = permute(v.w[i], v.w[i + 1], odd ? 0x5432 : 0x3210);
+        return r;
+    }
+    HQ_MEMBER uint32_t half(uint32_t at) const { return *(const uint16_t*)(p + odd + at); }
+};
+
 constexpr uint32_t kStagedBlocks = 8, kStagedRows = 8;
 
 // Activations of 8 blocks of weights. Block i of the 8 of q8_1 that belong to block b: words 8b to 8b + 7 of quants[i],
