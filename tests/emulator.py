@@ -48,7 +48,14 @@ _KEPT_DENORMALS = 0xF  # rsrc1, bits 16 to 19
 _USER_REGISTERS = ((1, 4), (2, 2), (4, 2), (8, 2), (16, 2), (32, 2))  # bit of the properties, scalar registers
 _KERNEL_ARGUMENTS = 8
 # The emulator's registers: how many scalar ones, where EXEC and the program counter are, and what operands stand for.
-_SCALARS, _EXEC, _PC, _LITERAL, _VECTOR = 260, 126, 256, 255, 256
+_SCALARS, _EXEC, _PC, _NULL, _ZERO, _DPP, _LITERAL, _VECTOR = 260, 126, 256, 124, 128, 250, 255, 256
+# Instructions that write caches back or empty them: bits of the first word, where the operation is, which, and bytes.
+_OF_CACHES = {
+    "rdna3": (0xE0000000, 18, (0x2B, 0x2C), 8),  # buffer_gl0_inv, buffer_gl1_inv
+    "rdna4": (0xEE000000, 14, (0x2B, 0x2C), 12),  # global_inv, global_wb
+    "cdna": (0xE0000000, 18, (0x28, 0x29, 0x3E, 0x3F), 8),  # buffer_wbl2, buffer_inv, buffer_wbinvl1 and its _vol
+}
+_DPP_LANES = {0xB1: 1, 0x4E: 2, 0x141: 7, 0x140: 15}  # moves: quad_perm and mirrors of rows as a mask of the lane
 
 
 class EmulationError(Exception):
@@ -155,28 +162,127 @@ def _correct(emu: Any) -> None:
     for form in (emu.irc.VOP1, emu.irc.VOP2):
         # Operands of 16 bits are the low half of any register; from 128 on the emulator takes the high half of another.
         form.canonical_op_bits = property(partial(_whole_registers, form.canonical_op_bits.func))
-    decode = emu._decode_at
+    emu._decode_at = partial(_decode, emu, emu._decode_at)
 
-    def decode_corrected(at: int, instruction_set: str) -> Any:
-        (program, runtime), instruction = decode(at, instruction_set)
-        wave = 64 if instruction_set == "cdna" else 32
-        if "PERMLANEX16" in emu._op_name(instruction):
-            registers_only = SimpleNamespace(arg=SimpleNamespace(globals=[0, 1]))
-            return (registers_only, SimpleNamespace(fxn=partial(_permlanex16, instruction))), instruction
-        if getattr(instruction, "src0_neg", 0) and hasattr(instruction, "src0_sel"):
-            if instruction.op.name != "V_CVT_F32_F16_E32":
-                raise NotImplementedError(f"{instruction!r} changes the sign of an operand, which is not emulated")
-            negated = partial(_negated, runtime.fxn, instruction.vdst.offset - _VECTOR, wave)
-            return (program, SimpleNamespace(fxn=negated)), instruction
-        if type(instruction).__name__ == "DS":
-            guarded = partial(_active_lanes_only, runtime.fxn, instruction.addr.offset - _VECTOR, wave)
-            return (program, SimpleNamespace(fxn=guarded)), instruction
-        if hasattr(instruction, "dpp") and getattr(instruction, "vdst", None) == instruction.vsrc0:
-            by_lane = partial(_lane_by_lane, runtime.fxn, instruction.vsrc0.offset - _VECTOR, wave)
-            return (program, SimpleNamespace(fxn=by_lane)), instruction
-        return (program, runtime), instruction
 
-    emu._decode_at = decode_corrected
+def _decode(emu: Any, decode: Callable[[int, str], Any], at: int, instruction_set: str) -> Any:
+    """The runner of an instruction, or one that does what the hardware does, and the instruction."""
+    if size := _bytes_of_caches(at, instruction_set):
+        return _in_python(partial(_skip, size)), SimpleNamespace(op=None, size=lambda: size)
+    (program, runtime), instruction = decode(at, instruction_set)
+    wave, name = 64 if instruction_set == "cdna" else 32, emu._op_name(instruction)
+    if "WMMA_F32" in name and instruction.src2.offset == _ZERO:
+        (program, runtime), code = _decode_in_place(decode, at, instruction_set, instruction)
+        return (program, SimpleNamespace(fxn=partial(_wmma_of_zeros, runtime.fxn, code, instruction))), instruction
+    if replaced := _replaced(name, instruction, at, wave):
+        return _in_python(replaced), instruction
+    if around := _guarded(instruction, wave):
+        return (program, SimpleNamespace(fxn=partial(around, runtime.fxn))), instruction
+    return (program, runtime), instruction
+
+
+def _replaced(name: str, instruction: Any, at: int, wave: int) -> Callable[..., None] | None:
+    """What runs an instruction of which the emulator misunderstands too much to be helped."""
+    if "PERMLANEX16" in name:
+        return partial(_permlanex16, instruction)
+    if name == "V_ADD_CO_U32" and instruction.src0.offset == _DPP:
+        return partial(_add_with_dpp, instruction, ctypes.c_uint32.from_address(at + 8).value)
+    if name in ("GLOBAL_ATOMIC_ADD", "GLOBAL_ATOMIC_ADD_U32"):
+        return partial(_atomic_add, instruction, wave)
+    return None
+
+
+def _guarded(instruction: Any, wave: int) -> Callable[..., None] | None:
+    """What runs the emulator's own code of an instruction between preparation and correction."""
+    if getattr(instruction, "src0_neg", 0) and hasattr(instruction, "src0_sel"):
+        if instruction.op.name != "V_CVT_F32_F16_E32":
+            raise NotImplementedError(f"{instruction!r} changes the sign of an operand, which is not emulated")
+        return partial(_negated, instruction.vdst.offset - _VECTOR, wave)
+    if type(instruction).__name__ == "DS":
+        return partial(_active_lanes_only, instruction.addr.offset - _VECTOR, wave)
+    if hasattr(instruction, "dpp") and getattr(instruction, "vdst", None) == instruction.vsrc0:
+        return partial(_lane_by_lane, instruction.vsrc0.offset - _VECTOR, wave)
+    return None
+
+
+def _in_python(run: Callable[..., None]) -> Any:
+    """What the emulator takes for compiled code: a function of the scalar and of the vector registers."""
+    return SimpleNamespace(arg=SimpleNamespace(globals=[0, 1])), SimpleNamespace(fxn=run)
+
+
+def _bytes_of_caches(at: int, instruction_set: str) -> int:
+    """Size of an instruction for caches, which the emulator has not and does not decode; 0 if it is none."""
+    form, shift, operations, size = _OF_CACHES[instruction_set]
+    word = ctypes.c_uint32.from_address(at).value
+    return size if any(word >> shift == form >> shift | n for n in operations) else 0
+
+
+def _skip(size: int, scalars: ctypes.c_uint64, _: ctypes.c_uint64) -> None:
+    _registers(scalars, _SCALARS)[_PC] += size
+
+
+def _decode_in_place(decode: Callable[[int, str], Any], at: int, instruction_set: str, instruction: Any) -> Any:
+    """The runner and the code of a product of matrices that is added to its destination, not to its third operand."""
+    field = type(instruction).src2.lo
+    word = ctypes.c_uint64.from_address(at).value & ~(0x1FF << field) | instruction.vdst.offset << field
+    code = ctypes.create_string_buffer(word.to_bytes(8, "little"), 16)
+    return decode(ctypes.addressof(code), instruction_set)[0], code
+
+
+def _wmma_of_zeros(run: Callable[..., None], code: Any, instruction: Any, *buffers: ctypes.c_uint64) -> None:
+    """A product of matrices added to the constant 0, for which the emulator would take a register: the destination is
+    cleared, and what is added to it runs from elsewhere, as the emulator reads operands from the code."""
+    scalar, vector = _registers(buffers[0], _SCALARS), _registers(buffers[1], _VECTOR * 32).reshape(_VECTOR, 32)
+    counter, first = scalar[_PC : _PC + 2].copy(), instruction.vdst.offset - _VECTOR
+    vector[first : first + 8] = 0
+    scalar[_PC : _PC + 2] = divmod(ctypes.addressof(code), 1 << 32)[::-1]
+    run(*buffers)
+    scalar[_PC : _PC + 2] = counter
+    scalar[_PC] += instruction.size()
+
+
+def _add_with_dpp(instruction: Any, control: int, scalars: ctypes.c_uint64, vectors: ctypes.c_uint64) -> None:
+    """A sum with another lane's value, and its carry: the emulator has no DPP on forms with three operands."""
+    scalar, vector = _registers(scalars, _SCALARS), _registers(vectors, _VECTOR * 32).reshape(_VECTOR, 32)
+    move, masks = control >> 8 & 0x1FF, control >> 24
+    if move not in _DPP_LANES or masks != 0xFF or instruction.sdst.offset >= _NULL:
+        raise NotImplementedError(f"{instruction!r} with DPP {control:#010x} is not emulated")
+    moved = vector[control & 0xFF][np.arange(32) ^ _DPP_LANES[move]].astype(np.uint64)
+    sums, active = moved + vector[instruction.src1.offset - _VECTOR], _active(scalar, 32)
+    vector[instruction.vdst.offset - _VECTOR][active] = sums[active].astype(np.uint32)
+    carries = np.packbits((sums >> np.uint64(32) != 0) & active, bitorder="little")
+    scalar[instruction.sdst.offset] = carries.view(np.uint32)[0]
+    scalar[_PC] += 12
+
+
+def _signed_offset(instruction: Any) -> int:
+    """What an access to memory adds to its address."""
+    name = "offset" if hasattr(instruction, "offset") else "ioffset"
+    place = getattr(type(instruction), name)
+    sign = 1 << place.hi - place.lo
+    return (int(getattr(instruction, name)) ^ sign) - sign
+
+
+def _atomic_add(instruction: Any, wave: int, scalars: ctypes.c_uint64, vectors: ctypes.c_uint64) -> None:
+    """Active lanes add to memory, one after the other. The emulator would let all lanes do so, and returns what was
+    there on RDNA3 alone."""
+
+    def field(*names: str) -> Any:
+        return next(getattr(instruction, name) for name in names if hasattr(instruction, name))
+
+    scalar, vector = _registers(scalars, _SCALARS), _registers(vectors, _VECTOR * wave).reshape(_VECTOR, wave)
+    address, data = (vector[field(*names).offset - _VECTOR :] for names in (("addr", "vaddr"), ("data", "vsrc")))
+    returns, base, start = field("glc", "sc0", "th") & 1, instruction.saddr.offset, _signed_offset(instruction)
+    if base < _NULL:
+        start += int(scalar[base]) | int(scalar[base + 1]) << 32
+    for lane in np.flatnonzero(_active(scalar, wave)):
+        high = 0 if base < _NULL else int(address[1][lane]) << 32
+        word = ctypes.c_uint32.from_address(start + int(address[0][lane]) + high)
+        before = word.value
+        word.value = before + int(data[0][lane]) & 0xFFFFFFFF
+        if returns:
+            vector[instruction.vdst.offset - _VECTOR][lane] = before
+    scalar[_PC] += instruction.size()
 
 
 def _whole_registers(bits: Callable[[Any], dict[str, int]], instruction: Any) -> dict[str, int]:
@@ -203,7 +309,7 @@ def _permlanex16(instruction: Any, scalars: ctypes.c_uint64, vectors: ctypes.c_u
     scalar[_PC] += instruction.size()
 
 
-def _negated(run: Callable[..., None], register: int, wave: int, *buffers: ctypes.c_uint64) -> None:
+def _negated(register: int, wave: int, run: Callable[..., None], *buffers: ctypes.c_uint64) -> None:
     """Runs a conversion of a part of a register (SDWA) whose operand has a minus, which the emulator does not see."""
     run(*buffers)
     scalar, vector = _registers(buffers[0], _SCALARS), _registers(buffers[1], _VECTOR * wave).reshape(_VECTOR, wave)
@@ -216,7 +322,7 @@ def _active(scalar: npt.NDArray[np.uint32], wave: int) -> npt.NDArray[np.bool_]:
     return np.unpackbits(bits, bitorder="little").astype(bool)
 
 
-def _active_lanes_only(run: Callable[..., None], register: int, wave: int, *buffers: ctypes.c_uint64) -> None:
+def _active_lanes_only(register: int, wave: int, run: Callable[..., None], *buffers: ctypes.c_uint64) -> None:
     """Runs an access to shared memory; the emulator would also read at what lies in the address of inactive lanes."""
     scalar, vector = _registers(buffers[0], _SCALARS), _registers(buffers[1], _VECTOR * wave).reshape(_VECTOR, wave)
     active, before = _active(scalar, wave), vector[register].copy()
@@ -225,7 +331,7 @@ def _active_lanes_only(run: Callable[..., None], register: int, wave: int, *buff
     vector[register][~active] = before[~active]
 
 
-def _lane_by_lane(run: Callable[..., None], register: int, wave: int, *buffers: ctypes.c_uint64) -> None:
+def _lane_by_lane(register: int, wave: int, run: Callable[..., None], *buffers: ctypes.c_uint64) -> None:
     """Runs a DPP instruction whose destination is its source: the emulator would read lanes that it has written."""
     scalar, vector = _registers(buffers[0], _SCALARS), _registers(buffers[1], _VECTOR * wave).reshape(_VECTOR, wave)
     place = slice(_EXEC, _EXEC + wave // 32)

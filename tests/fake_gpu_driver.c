@@ -21,8 +21,9 @@ size_t strlen(const char *);
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 #define DEVICES 2
-#define MAX_PARAMS 16
+#define MAX_PARAMS 32
 #define MAX_KERNELS 256
+#define FILLED (2ul << 20)
 
 enum { INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
        INVALID_CONTEXT = 201, INVALID_PTX = 218, INVALID_HANDLE = 400, NOT_FOUND = 500, UPDATE_FAILURE = 910 };
@@ -31,10 +32,13 @@ enum { MEMORY = 1, PINNED, STREAM, EVENT, MODULE, GRAPH, INSTANCE, KINDS };
 // --- what the tests set and read ---
 
 int fake_devices = DEVICES, fake_init_code, fake_fail_nth = -1, fake_fail_code;
+int fake_lost;  // whether all calls behind the one that fails do, too
 char fake_fail_symbol[64], fake_failed[64], fake_last_image[64];
 int fake_calls, fake_live[KINDS], fake_clock, fake_launches, fake_wrong_context;
+int fake_overlapping;   // launches that are allowed to overlap with the one in front; those in a graph count each time
+int fake_version = API(70051831, 13000);  // of the driver
 int fake_wave = 32;     // of the first HIP device: with 64 it is a gfx90a, too
-int fake_fill = 0xCD;   // what new memory holds
+int fake_fill = 0xCD;   // what new memory holds: all of it, or its first and last FILLED bytes
 int fake_overruns;      // things whose end was written over, as found out when they are given back
 size_t fake_used, fake_total = 64 << 20;
 uint fake_geometry[7];
@@ -44,7 +48,8 @@ int (*fake_run)(const char *name, const uint *geometry, void **params);     // r
 
 static int enter(const char *symbol) {
     int nth = __atomic_fetch_add(&fake_calls, 1, __ATOMIC_SEQ_CST);
-    if (nth == fake_fail_nth || !strcmp(symbol, fake_fail_symbol)) {
+    int behind = fake_lost && fake_fail_nth >= 0 && nth > fake_fail_nth;
+    if (nth == fake_fail_nth || behind || !strcmp(symbol, fake_fail_symbol)) {
         strcpy(fake_failed, symbol);
         return fake_fail_code;
     }
@@ -70,7 +75,7 @@ static int need(long device) {
 #define NEED_ANY if (!current) return INVALID_CONTEXT;
 
 FUNCTION(hipInit, cuInit, uint flags) return flags ? INVALID_VALUE : fake_init_code; END
-FUNCTION(hipDriverGetVersion, cuDriverGetVersion, int *v) *v = API(70051831, 13000); return 0; END
+FUNCTION(hipDriverGetVersion, cuDriverGetVersion, int *v) *v = fake_version; return 0; END
 FUNCTION(hipGetDeviceCount, cuDeviceGetCount, int *n) *n = fake_devices; return 0; END
 FUNCTION(hipDeviceGet, cuDeviceGet, int *d, int i) *d = i; return device_of(i); END
 FUNCTION(hipDeviceGetName, cuDeviceGetName, char *name, int len, int d)
@@ -162,6 +167,7 @@ typedef struct {
     int kind;  // 1 a copy, 2 a fill, 3 a launch
     char name[64];
     uint geometry[7];
+    int overlaps;
     size_t params[MAX_PARAMS];
     void *to;
     const void *from;
@@ -185,7 +191,8 @@ FUNCTION(hipMalloc, cuMemAlloc_v2, void **p, size_t n)
     if (!n) return INVALID_VALUE;
     if (fake_used + n > fake_total || n > (1ul << 40)) return OUT_OF_MEMORY;
     if (!(*p = thing(MEMORY, n))) return OUT_OF_MEMORY;
-    memset(*p, fake_fill, n);
+    memset(*p, fake_fill, n < FILLED ? n : FILLED);
+    if (n > FILLED) memset((char *)*p + n - FILLED, fake_fill, FILLED);
     __atomic_fetch_add(&fake_used, n, __ATOMIC_SEQ_CST);
     return 0; END
 FUNCTION(hipFree, cuMemFree_v2, void *p) return end(p, MEMORY); END
@@ -209,6 +216,7 @@ static int run(Node *node) {
         void *params[MAX_PARAMS];
         for (int i = 0; i < MAX_PARAMS; i++) params[i] = &node->params[i];
         __atomic_fetch_add(&fake_launches, 1, __ATOMIC_SEQ_CST);
+        __atomic_fetch_add(&fake_overlapping, node->overlaps, __ATOMIC_SEQ_CST);
         if (fake_run) return fake_run(node->name, node->geometry, params);
     }
     return 0;
@@ -344,14 +352,27 @@ FUNCTION(hipModuleGetFunction, cuModuleGetFunction, void **f, Module *m, const c
     strcpy(kernel->name, name);
     *f = kernel;
     return 0; END
-FUNCTION(hipModuleLaunchKernel, cuLaunchKernel, Kernel *f, uint gx, uint gy, uint gz, uint bx, uint by, uint bz,
-         uint shared, void *s, void **params, void **extra)
+static int launch(Kernel *f, const uint *g, int overlaps, void *s, void **params, void **extra) {
     NEED_ANY
-    if (extra || bx * by * bz > 1024 || gy > 65535 || gz > 65535) return INVALID_VALUE;
-    Node node = {.kind = 3, .geometry = {gx, gy, gz, bx, by, bz, shared}};
+    if (extra || g[3] * g[4] * g[5] > 1024 || g[1] > 65535 || g[2] > 65535) return INVALID_VALUE;
+    Node node = {.kind = 3, .overlaps = overlaps};
     strcpy(node.name, f->name);
-    memcpy(fake_geometry, node.geometry, sizeof fake_geometry);
+    memcpy(node.geometry, g, sizeof node.geometry);
+    memcpy(fake_geometry, g, sizeof fake_geometry);
     fake_last_stream = s;
     int n = fake_count ? fake_count(f->name) : 0;
+    if (n > MAX_PARAMS) return INVALID_VALUE;
     for (int i = 0; i < n; i++) memcpy(&node.params[i], params[i], 8);
-    return give(s, &node); END
+    return give(s, &node);
+}
+FUNCTION(hipModuleLaunchKernel, cuLaunchKernel, Kernel *f, uint gx, uint gy, uint gz, uint bx, uint by, uint bz,
+         uint shared, void *s, void **params, void **extra)
+    const uint geometry[] = {gx, gy, gz, bx, by, bz, shared};
+    return launch(f, geometry, 0, s, params, extra); END
+#ifdef CUDA
+typedef struct { int id; char pad[4]; int value[16]; } Attribute;
+typedef struct { uint geometry[7]; void *stream; const Attribute *attributes; uint count; } Config;
+FUNCTION(none, cuLaunchKernelEx, const Config *c, Kernel *f, void **params, void **extra)
+    if (c->count > 1 || (c->count && (c->attributes->id != 6 || c->attributes->value[0] != 1))) return INVALID_VALUE;
+    return launch(f, c->geometry, c->count, c->stream, params, extra); END
+#endif

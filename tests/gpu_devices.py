@@ -124,12 +124,16 @@ class Fake:
     def integer(self, name: str) -> c_int:
         return c_int.in_dll(self.lib, name)
 
-    def fail(self, symbol: str = "", code: int = 719, nth: int = -1) -> None:
-        """The next calls of a symbol fail, or the nth call from now on; with no argument, none."""
+    def fail(self, symbol: str = "", code: int = 719, nth: int = -1, lost: bool = False) -> None:
+        """The next calls of a symbol fail, or the nth call from now on and, if the device is lost, all behind it.
+
+        With no argument, none fails.
+        """
         c_char = (ctypes.c_char * 64).in_dll(self.lib, "fake_fail_symbol")
         c_char.value = symbol.encode()
         self.integer("fake_fail_code").value = code
         self.integer("fake_fail_nth").value = nth
+        self.integer("fake_lost").value = lost
         self.integer("fake_calls").value = 0
 
     @property

@@ -24,9 +24,9 @@ Halves = npt.NDArray[np.uint16]
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int32]
 
-ENGINE = gpu.SOURCES / "engine"
+SOURCES = ["norm", "rope", "attention", "activation", "sample", "read"]
 NULL = 0
-QK, BLOCK_BYTES = 32, 36
+QK, UNIT, UNIT_BYTES = 32, 64, 80  # values of a block and of a unit of activations in planes, and its bytes
 pytestmark = pytest.mark.skipif(
     not simulate.can_sanitize(),
     reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
@@ -43,8 +43,7 @@ def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator | Emulator]:
     if isinstance(request.param, str):
         found: Simulator | Emulator = emulator.engine(request.param)
     else:
-        sources = sorted(p for p in ENGINE.glob("*.hip") if p != gpu.ENGINE_UMBRELLA)
-        found = simulate.build(request.param, True, sources)
+        found = simulate.build(request.param, True, [gpu.ENGINE / f"{name}.hip" for name in SOURCES])
     yield found
     found.close()
 
@@ -84,8 +83,8 @@ def assert_close(found: npt.ArrayLike, expected: npt.ArrayLike, tolerance: float
     np.testing.assert_allclose(found, expected, rtol=2 * tolerance, atol=tolerance * scale)
 
 
-def q8_1_of(values: Floats, n_padded: int) -> tuple[Bytes, Halves, Wide]:
-    """Rows as q8_1 in the arithmetic of quantize_q8_1: the integers, the scales as halves, and the sums."""
+def quantized(values: Floats, n_padded: int) -> tuple[Bytes, Floats, Ints]:
+    """Rows in the arithmetic of the kernels: int8 [row][64 of a unit], d of each 32, and sums of each 16 int8."""
     rows, n = values.shape
     x = np.zeros((rows, n_padded), np.float32)
     x[:, :n] = values
@@ -93,44 +92,42 @@ def q8_1_of(values: Floats, n_padded: int) -> tuple[Bytes, Halves, Wide]:
     d = np.abs(x).max(-1) / np.float32(127)
     with np.errstate(invalid="ignore", divide="ignore"):
         quants = np.where(d[..., None] > 0, np.clip(np.rint(x / d[..., None]), -127, 127), 0).astype(np.int8)
-    return quants.view(np.uint8), halves(d), x.sum(-1, dtype=np.float64)
+    sums = quants.reshape(rows, -1, 16).sum(-1, dtype=np.int32)
+    return quants.reshape(rows, -1, UNIT).view(np.uint8), d, sums
 
 
-def check_q8_1(blocks: Bytes, values: Floats, n_padded: int) -> None:
-    """The blocks are those of the floats that the same kernel has written, bit for bit but for the sum."""
-    rows = len(values)
-    blocks = blocks.reshape(rows, n_padded // QK, BLOCK_BYTES)
-    quants, d, sums = q8_1_of(values, n_padded)
-    ok = ~np.isnan(sums)
-    np.testing.assert_array_equal(blocks[..., 4:][ok], quants[ok])
-    scales = np.ascontiguousarray(blocks[..., :4]).view(np.uint16)
-    np.testing.assert_array_equal(scales[..., 0][ok], d[ok])
-    assert np.isnan(wide(scales[..., 0])[~ok]).all()
-    size = np.abs(values).max(initial=0, where=~np.isnan(values)) * QK
-    np.testing.assert_allclose(wide(scales[..., 1])[ok], sums[ok], rtol=1e-3, atol=1e-6 * size)
-    behind = -(-values.shape[1] // QK)
-    assert not blocks[:, behind:].any()
+def check_planes(q: Bytes, values: Floats, n_padded: int) -> None:
+    """Columns of planes hold what the same kernel has written as floats, bit for bit; NaN is the scale of its block."""
+    rows, units = len(values), n_padded // UNIT
+    quants, d, sums = quantized(values, n_padded)
+    pieces = q[:, : units * UNIT].reshape(rows, UNIT // 16, units, 16)
+    np.testing.assert_array_equal(pieces.transpose(0, 2, 1, 3).reshape(rows, units, UNIT), quants)
+    halves_of_units = np.ascontiguousarray(q[:, units * UNIT :]).reshape(rows, 2 * units, 8)
+    np.testing.assert_array_equal(np.ascontiguousarray(halves_of_units[..., :4]).view(np.float32)[..., 0], d)
+    found = np.ascontiguousarray(halves_of_units[..., 4:]).view(np.int16).reshape(rows, -1)
+    np.testing.assert_array_equal(found, sums)
 
 
-def outputs(rows: int, n: int, n_padded: int, which: str) -> tuple[Floats | int, Bytes | int]:
+def outputs(rows: int, n_padded: int, which: str) -> tuple[Floats | int, Bytes | int]:
     """Poisoned arrays for y and q, or null: which is "y", "q" or "yq"."""
-    y = poison(rows, n) if "y" in which else NULL
-    q = np.full((rows, n_padded // QK * BLOCK_BYTES), 0xA5, np.uint8) if "q" in which else NULL
+    y = poison(rows, n_padded) if "y" in which else NULL
+    q = np.full((rows, n_padded // UNIT * UNIT_BYTES), 0xA5, np.uint8) if "q" in which else NULL
     return y, q
 
 
 def check_outputs(run: Callable[..., None], rows: int, n: int, expected: Wide, tolerance: float = 2e-6) -> None:
-    """Runs a kernel `run(y, q, n_padded)` with both outputs, padded and not, and with each alone."""
-    for n_padded in (padded(n), n):
-        y, q = outputs(rows, n, n_padded, "yq")
+    """Runs a kernel `run(y, q, n_padded)` with both outputs, padded far and no further than must be, and with each."""
+    for n_padded in (padded(n), -(-n // UNIT) * UNIT):
+        y, q = outputs(rows, n_padded, "yq")
         assert isinstance(y, np.ndarray)
         assert isinstance(q, np.ndarray)
         run(y, q, n_padded)
-        assert_close(y, expected, tolerance)
-        check_q8_1(q, y, n_padded)
+        assert_close(y[:, :n], expected, tolerance)
+        assert not y[:, n:].any()
+        check_planes(q, y[:, :n], n_padded)
     for which in "yq":
-        alone = outputs(rows, n, n, which)
-        run(*alone, n)
+        alone = outputs(rows, n_padded, which)
+        run(*alone, n_padded)
         for found, wanted in zip(alone, (y, q), strict=True):
             if isinstance(found, np.ndarray):
                 np.testing.assert_array_equal(found, wanted)
@@ -156,7 +153,7 @@ def test_norm(
     def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
         stream = x.copy()
         params = stream, residual if with_residual else NULL, weight, y, q, n, n_padded, 1e-5
-        launch(simulator, "add_rms_norm_q8_1", {"rows": rows}, *params)
+        launch(simulator, "add_rms_norm_q8", {"rows": rows}, *params)
         np.testing.assert_array_equal(stream, sum)
 
     check_outputs(run, rows, n, rms_norm(sum, weight, 1e-5))
@@ -164,10 +161,10 @@ def test_norm(
 
 @pytest.mark.parametrize("n", [1, 7, 258, 1023])
 def test_norm_of_any_length(simulator: Simulator | Emulator, rng: np.random.Generator, n: int) -> None:
-    """Without q8_1 a row need not be whole blocks, nor aligned to 16 bytes."""
+    """Without planes a row need not be whole blocks, nor aligned to 16 bytes."""
     x, residual, weight, y = normal(rng, 3, n), normal(rng, 3, n), normal(rng, n), poison(3, n)
     stream = x.copy()
-    launch(simulator, "add_rms_norm_q8_1", {"rows": 3}, stream, residual, weight, y, NULL, n, n, 1e-6)
+    launch(simulator, "add_rms_norm_q8", {"rows": 3}, stream, residual, weight, y, NULL, n, n, 1e-6)
     np.testing.assert_array_equal(stream, x + residual)
     assert_close(y, rms_norm(stream, weight, 1e-6))
 
@@ -180,7 +177,7 @@ def test_norm_of_zeros_and_nan(simulator: Simulator | Emulator, rng: np.random.G
 
     def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
         weight = np.ones(64, np.float32)
-        launch(simulator, "add_rms_norm_q8_1", {"rows": 3}, x.copy(), NULL, weight, y, q, 64, n_padded, 1e-5)
+        launch(simulator, "add_rms_norm_q8", {"rows": 3}, x.copy(), NULL, weight, y, q, 64, n_padded, 1e-5)
 
     check_outputs(run, 3, 64, expected)
 
@@ -249,6 +246,7 @@ ATTENTION = [
     (128, 8, 1, 2, [500, 33]),
     (128, 2, 2, 1, [31, 130]),
     (48, 4, 4, 7, [33, 65]),
+    (48, 8, 4, 2, [33, 100]),
     (48, 5, 1, 1, [70]),
     (2, 3, 1, 2, [40, 0]),
     (50, 3, 3, 2, [70, 3]),
@@ -256,7 +254,61 @@ ATTENTION = [
     (256, 1, 1, 3, [500]),
     (80, 12, 4, 1, [17, 64]),
     (250, 2, 1, 2, [40]),
+    (16, 40, 1, 3, [70]),  # more heads than are put together at a time
+    (32, 2, 2, 64, [2100, 700]),
 ]
+
+
+class Decode:
+    """Tokens of different sequences at `positions`: behind them the cache is NaN."""
+
+    def __init__(
+        self, rng: np.random.Generator, head_dim: int, n_head: int, n_head_kv: int, splits: int, positions: list[int]
+    ) -> None:
+        self.sizes, self.splits, self.positions = (n_head, n_head_kv, head_dim), splits, positions
+        self.ntokens, self.n_context, slots = len(positions), max(positions) + 2, len(positions) + 1
+        self.slot = np.arange(slots - 1, 0, -1, dtype=np.int32)[: self.ntokens]
+        self.scale = float(np.float32(1.5 / np.sqrt(head_dim)))
+        self.qkv = normal(rng, self.ntokens, n_head + 2 * n_head_kv, head_dim)
+        self.cache = np.full((2, slots, n_head_kv, self.n_context, head_dim), 0x7E00, np.uint16)
+        for slot, at in zip(self.slot, positions, strict=True):
+            self.cache[:, slot, :, : at + 1] = halves(normal(rng, 2, n_head_kv, at + 1, head_dim))
+        self.partial = poison(self.ntokens, n_head, splits, head_dim + 2)
+
+    def run(self, simulator: Simulator | Emulator, y: Floats | int, q: Bytes | int, n_padded: int) -> None:
+        n_head, n_head_kv, head_dim = self.sizes
+        position, counters = np.array(self.positions, np.int32), np.zeros((self.ntokens, n_head_kv), np.int32)
+        sizes = {"n_head_kv": n_head_kv, "splits": self.splits, "ntokens": self.ntokens}
+        arrays = self.qkv, self.cache[0], self.cache[1], self.partial, y, q, counters, position, self.slot
+        numbers = n_head, n_head_kv, head_dim, self.n_context, self.splits, n_padded, self.scale
+        launch(simulator, "attention_decode_f16", sizes, *arrays, *numbers)
+        assert not counters.any()
+
+    def share(self, token: int, head: int, begin: int, end: int) -> tuple[Wide, float, float]:
+        """What `attention` gives for a head and a share of its positions."""
+        keys, values = self.cache[:, self.slot[token], head // (self.sizes[0] // self.sizes[1])]
+        return attention(self.qkv[token, head], keys, values, begin, end, self.scale)
+
+    def expected(self) -> Wide:
+        n_head, _, head_dim = self.sizes
+        found = np.zeros((self.ntokens, n_head, head_dim))
+        for t, head in np.ndindex(self.ntokens, n_head):
+            sums, _, weights = self.share(t, head, 0, self.positions[t] + 1)
+            found[t, head] = sums / weights
+        return found.reshape(self.ntokens, -1)
+
+    def check_parts(self) -> None:
+        """Each part against the softmax of its share; those that have none are not written."""
+        for t, head, split in np.ndindex(self.partial.shape[:3]):
+            length, part = self.positions[t] + 1, self.partial[t, head, split]
+            share = -(-length // (32 * self.splits)) * 32
+            begin, end = split * share, min((split + 1) * share, length)
+            if begin >= end:
+                assert np.isnan(part).all()
+                continue
+            sums, top, weights = self.share(t, head, begin, end)
+            assert_close(part[:-2], sums)
+            np.testing.assert_allclose(part[-2:], [top, weights], rtol=4e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize(("head_dim", "n_head", "n_head_kv", "splits", "positions"), ATTENTION)
@@ -269,81 +321,39 @@ def test_attention(
     splits: int,
     positions: list[int],
 ) -> None:
-    """Each part against the softmax of its share, then the parts put together against that of all positions."""
-    ntokens, n_context, slots = len(positions), max(positions) + 2, len(positions) + 1
-    position = np.array(positions, np.int32)
-    slot = np.arange(slots - 1, 0, -1, dtype=np.int32)[:ntokens]
-    group, scale = n_head // n_head_kv, 1.5 / np.sqrt(head_dim)
-    qkv = normal(rng, ntokens, n_head + 2 * n_head_kv, head_dim)
-    # Behind a token's position the cache is NaN.
-    cache = np.full((2, slots, n_head_kv, n_context, head_dim), 0x7E00, np.uint16)
-    for t in range(ntokens):
-        cache[:, slot[t], :, : positions[t] + 1] = halves(normal(rng, 2, n_head_kv, positions[t] + 1, head_dim))
-    partial = poison(ntokens, n_head, splits, head_dim + 2)
-    sizes = {"n_head_kv": n_head_kv, "splits": splits, "ntokens": ntokens}
-    numbers = n_head, n_head_kv, head_dim, n_context, splits, float(scale)
-    launch(simulator, "attention_split_f16", sizes, qkv, cache[0], cache[1], partial, position, slot, *numbers)
-
-    expected = np.zeros((ntokens, n_head, head_dim))
-    for t, head in np.ndindex(ntokens, n_head):
-        length, query = positions[t] + 1, qkv[t, head]
-        keys, values = cache[0, slot[t], head // group], cache[1, slot[t], head // group]
-        share = -(-length // (32 * splits)) * 32
-        for split in range(splits):
-            begin, end = split * share, min((split + 1) * share, length)
-            sums, top, weights = attention(query, keys, values, begin, end, scale)
-            part = partial[t, head, split]
-            assert_close(part[:head_dim], sums)
-            np.testing.assert_allclose(part[head_dim:], [top, weights], rtol=4e-6, atol=2e-6)
-        sums, _, weights = attention(query, keys, values, 0, length, scale)
-        expected[t, head] = sums / weights
-
-    def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
-        sizes = {"n_padded": n_padded, "ntokens": ntokens}
-        launch(simulator, "attention_combine_q8_1", sizes, partial, y, q, n_head, head_dim, splits, n_padded)
-
-    n = n_head * head_dim
-    if n % QK == 0:
-        check_outputs(run, ntokens, n, expected.reshape(ntokens, n))
+    """The parts, and what becomes of them, against the softmax of their shares and of all positions."""
+    decode, n = Decode(rng, head_dim, n_head, n_head_kv, splits, positions), n_head * head_dim
+    if head_dim * (n_head // n_head_kv) % QK == 0:
+        check_outputs(lambda *to: decode.run(simulator, *to), len(positions), n, decode.expected())
     else:
-        y = poison(ntokens, n)
-        run(y, NULL, n)
-        assert_close(y, expected.reshape(ntokens, n))
+        for n_padded in (n, padded(n)):
+            y = poison(len(positions), n_padded)
+            decode.run(simulator, y, NULL, n_padded)
+            assert_close(y[:, :n], decode.expected())
+            assert not y[:, n:].any()
+    decode.check_parts()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 10])
 def test_attention_of_great_scores(simulator: Simulator | Emulator, rng: np.random.Generator, head_dim: int) -> None:
     """Scores of several hundreds, of both signs: no weight overflows, and the greatest one counts."""
-    n = 70
-    qkv = 30 * np.ones((1, 3, head_dim), np.float32)
-    keys = halves(np.repeat(rng.uniform(-20, 20, (n, 1)), head_dim, 1)).reshape(1, 1, n, head_dim)
-    values = halves(normal(rng, 1, 1, n, head_dim))
-    partial, at, slot = poison(1, 1, 2, head_dim + 2), np.array([n - 1], np.int32), np.zeros(1, np.int32)
-    sizes = {"n_head_kv": 1, "splits": 2, "ntokens": 1}
-    numbers = 1, 1, head_dim, n, 2, 0.05
-    launch(simulator, "attention_split_f16", sizes, qkv, keys, values, partial, at, slot, *numbers)
+    decode = Decode(rng, head_dim, 1, 1, 2, [69])
+    decode.qkv[...], decode.scale = 30, float(np.float32(0.05))
+    decode.cache[0, 1, 0, :70] = halves(np.repeat(rng.uniform(-20, 20, (70, 1)), head_dim, 1))
     y = poison(1, head_dim)
-    sizes = {"n_padded": head_dim, "ntokens": 1}
-    launch(simulator, "attention_combine_q8_1", sizes, partial, y, NULL, 1, head_dim, 2, head_dim)
-    sums, _, weights = attention(qkv[0, 0], keys[0, 0], values[0, 0], 0, n, 0.05)
-    assert_close(y[0], sums / weights, 2e-4)  # a score of 1000 is a float to 6e-5
+    decode.run(simulator, y, NULL, head_dim)
+    assert_close(y, decode.expected(), 2e-4)  # a score of 1000 is a float to 6e-5
 
 
 def test_attention_of_nan(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
     """It goes through to the result: of a query to all of its head, of a value to its place in all heads."""
-    n, head_dim = 40, 64
-    qkv, cache = normal(rng, 1, 4, head_dim), halves(normal(rng, 2, 1, 1, n, head_dim))
-    qkv[0, 0, 3], cache[1, 0, 0, 35, 7] = np.nan, 0x7E00
-    partial = np.zeros((1, 2, 1, head_dim + 2), np.float32)
-    at, slot = np.array([n - 1], np.int32), np.zeros(1, np.int32)
-    sizes = {"n_head_kv": 1, "splits": 1, "ntokens": 1}
-    numbers = 2, 1, head_dim, n, 1, 0.125
-    launch(simulator, "attention_split_f16", sizes, qkv, cache[0], cache[1], partial, at, slot, *numbers)
-    y = np.zeros((2, head_dim), np.float32)
-    sizes = {"n_padded": 2 * head_dim, "ntokens": 1}
-    launch(simulator, "attention_combine_q8_1", sizes, partial, y, NULL, 2, head_dim, 1, 2 * head_dim)
-    assert np.isnan(y[0]).all()
-    np.testing.assert_array_equal(np.isnan(y[1]), np.arange(head_dim) == 7)
+    decode, head_dim = Decode(rng, 64, 2, 1, 2, [39]), 64
+    decode.qkv[0, 0, 3], decode.cache[1, 1, 0, 35, 7] = np.nan, 0x7E00
+    y, q = np.zeros((1, 2 * head_dim), np.float32), np.full((1, 2 * UNIT_BYTES), 0xA5, np.uint8)
+    decode.run(simulator, y, q, 2 * head_dim)
+    assert np.isnan(y[0, :head_dim]).all()
+    np.testing.assert_array_equal(np.isnan(y[0, head_dim:]), np.arange(head_dim) == 7)
+    check_planes(q, y, 2 * head_dim)
 
 
 # Activation and bias
@@ -353,11 +363,11 @@ def test_attention_of_nan(simulator: Simulator | Emulator, rng: np.random.Genera
 def test_silu(simulator: Simulator | Emulator, rng: np.random.Generator, rows: int, n: int) -> None:
     gate_up = 4 * normal(rng, rows, 2 * n)
     gate_up[:, :16] = np.linspace(-120, 120, 16)
-    gate_up[-1, [20, n - 1]] = np.nan  # of its block of q8_1 alone
+    gate_up[-1, [20, n - 1]] = np.nan  # of its block alone
     gate, up = gate_up[:, :n].astype(np.float64), gate_up[:, n:]
 
     def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
-        launch(simulator, "silu_mul_q8_1", {"n_padded": n_padded, "rows": rows}, gate_up, y, q, n, n_padded)
+        launch(simulator, "silu_mul_q8", {"n_padded": n_padded, "rows": rows}, gate_up, y, q, n, n_padded)
 
     check_outputs(run, rows, n, gate / (1 + np.exp(-gate)) * up, 1e-6)
 
@@ -369,10 +379,21 @@ def test_silu_is_exact_where_it_is_small(simulator: Simulator | Emulator) -> Non
     gate[0] = np.nan
     y = poison(1, n)
     gate_up = np.concatenate([gate, np.ones(n, np.float32)])[None]
-    launch(simulator, "silu_mul_q8_1", {"n_padded": n, "rows": 1}, gate_up, y, NULL, n, n)
+    launch(simulator, "silu_mul_q8", {"n_padded": n, "rows": 1}, gate_up, y, NULL, n, n)
     exact = gate.astype(np.float64)
     np.testing.assert_allclose(y[0], exact / (1 + np.exp(-exact)), rtol=1e-6)
     assert np.isnan(y[0, 0])
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 32), (3, 70), (2, 1024 + 32)])
+def test_quantize(simulator: Simulator | Emulator, rng: np.random.Generator, rows: int, n: int) -> None:
+    for n_padded in (padded(n), -(-n // UNIT) * UNIT):
+        x = np.zeros((rows, n_padded), np.float32)
+        x[:, :n] = normal(rng, rows, n)
+        x[-1, 5], x[0, :16] = np.nan, 1e-3 * x[0, :16]
+        q = np.full((rows, n_padded // UNIT * UNIT_BYTES), 0xA5, np.uint8)
+        launch(simulator, "quantize_q8", {"n_padded": n_padded, "rows": rows}, x, q, n_padded)
+        check_planes(q, x, n_padded)
 
 
 @pytest.mark.parametrize(("n", "stride"), [(1, 3), (256, 256), (300, 700)])
@@ -382,39 +403,6 @@ def test_bias(simulator: Simulator | Emulator, rng: np.random.Generator, n: int,
     launch(simulator, "add_bias_rows_f32", {"n": n, "rows": 3}, found, bias, n, stride)
     np.testing.assert_array_equal(found[:, :n], x[:, :n] + bias)
     np.testing.assert_array_equal(found[:, n:], x[:, n:])
-
-
-# Float weights
-
-
-def float_weights(rng: np.random.Generator, kind: str, rows: int, k: int) -> tuple[npt.NDArray[np.generic], Wide]:
-    """Random weights as a file has them, and what they are."""
-    x = normal(rng, rows, k)
-    if kind == "f32":
-        return x, x.astype(np.float64)
-    if kind == "f16":
-        return halves(x), wide(halves(x))
-    top = (x.view(np.uint32) >> 16).astype(np.uint32)
-    return top.astype(np.uint16), (top << 16).view(np.float32).astype(np.float64)
-
-
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize(
-    ("rows", "k", "ncols", "offset"),
-    [(1, 1, 1, 0), (5, 33, 3, 0), (6, 512, 1, 0), (7, 608, 6, 0), (3, 264, 9, 4), (4, 1028, 2, 0), (2, 30, 4, 0)],
-)
-def test_float_products(
-    simulator: Simulator | Emulator, rng: np.random.Generator, kind: str, rows: int, k: int, ncols: int, offset: int
-) -> None:
-    """Rows that begin at multiples of 16 bytes and rows that do not, ends that fill no vector, columns 1 to 9."""
-    weights, exact = float_weights(rng, kind, rows, k)
-    y, nrows_dst = normal(rng, ncols, k), rows + 2
-    dst = poison(ncols, nrows_dst)
-    row = wiring.kernel(f"mul_mat_vec_float_{kind}")
-    params = weights, y, dst, k, rows, ncols, nrows_dst
-    simulator.launch(row, row.grid(nrows=rows, ncols=ncols), params, [offset, offset, 0, 0, 0, 0, 0])
-    assert_close(dst[:, :rows], y.astype(np.float64) @ exact.T)
-    assert np.isnan(dst[:, rows:]).all()
 
 
 # Sampling

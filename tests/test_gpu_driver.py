@@ -1,5 +1,5 @@
 """GPUs as devices, over the fake driver (gpu_devices.py): finding the library, what its devices are, every symbol and
-its errors; AMD's real library without a GPU where there is one.
+its errors.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ def test_why_there_is_no_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(gpu_symbols.os, "access", lambda path, mode: False)
     said = gpu_symbols._why_no_device("hip")
     assert said.startswith(f"No permission on {node}: group {group} gives it (sudo usermod -aG {group} $USER")
+    render = tmp_path / "dri" / "renderD128"
+    render.parent.mkdir()
+    render.touch()
+    monkeypatch.setattr(gpu_symbols.os, "access", lambda path, mode: path != render)
+    assert gpu_symbols._why_no_device("hip").startswith(f"No permission on {render}: group {group} gives it")
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "-1")
     assert gpu_symbols._why_no_device("hip") == "HIP_VISIBLE_DEVICES='-1' may hide it"
 
@@ -291,8 +296,10 @@ def test_every_symbol_is_called(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> 
     gc.collect()
     rows = {row for row, symbol in fake.symbols.items() if symbol} - {"error_name", "error_name_out"}
     generations = {"properties", "properties_r0600"} & rows
-    assert rows - called - generations == {"destroy_stream"} - called
+    launches = {"launch", "launch_config"} & rows
+    assert rows - called - generations - launches == {"destroy_stream"} - called
     assert len(generations & called) == len(generations) / 2
+    assert len(launches & called) == 1
 
 
 def test_every_call_that_fails_is_an_error_and_leaves_nothing_behind(fake: Fake) -> None:
@@ -324,43 +331,9 @@ def test_every_call_that_fails_is_an_error_and_leaves_nothing_behind(fake: Fake)
         if fake.failed not in quiet:
             lost = {name for name, n in kept.items() if n > (name in ("streams", "modules"))}
             assert not lost, (nth, fake.failed, kept)
+        gc.freeze()  # what stays, stays for good: collecting the next one's garbage takes no time
+    gc.unfreeze()
     others = {fake.symbols[row] for row in ("properties", "properties_r0600", "error_name", "error_name_out")}
+    others |= {"cuLaunchKernel"}  # for drivers that lack cuLaunchKernelEx
     assert {s for s in fake.symbols.values() if s} - failed - quiet - others == set()
     assert failed & {fake.symbols["set_context"], fake.symbols["set_device"]}, "elsewhere it is an error"
-
-
-# --- AMD's real library, without a GPU ---
-
-
-def real_hip() -> ctypes.CDLL:
-    for name in gpu_symbols.library_names("hip"):
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    pytest.skip("no libamdhip64 is installed (Debian: libamdhip64-5)")
-
-
-def test_the_real_library_exports_the_hip_column() -> None:
-    library = real_hip()
-    missing = {s.hip for s in gpu_symbols.SYMBOLS.values() if s.hip and not hasattr(library, s.hip)}
-    version = c_int()
-    library.hipDriverGetVersion(ctypes.byref(version))
-    if version.value < 6 * 10**7:
-        assert missing == {"hipGetDevicePropertiesR0600"}
-    else:
-        assert missing <= {"hipGetDeviceProperties"}
-
-
-def test_the_real_library_without_a_gpu() -> None:
-    real_hip()
-    done = subprocess.run(
-        [sys.executable, "-m", "hipquant", "devices", "--json"], capture_output=True, text=True, check=True
-    )
-    report = json.loads(done.stdout)
-    if "hip" not in report["unavailable"]:
-        pytest.skip("there is an AMD GPU")
-    said = report["unavailable"]["hip"]
-    assert "libamdhip64.so" in said
-    assert "finds no AMD GPU (hipError" in said
-    assert any(word in said for word in ("There is no /dev/kfd", "No permission on", "may hide it", "is there:"))

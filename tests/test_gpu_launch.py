@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import hipquant as hq
-from gpu_devices import Fake, fake_device, fake_driver  # noqa: F401
+from gpu_devices import ADD, Fake, amd_elf, fake_device, fake_driver  # noqa: F401
 from hipquant import wiring
 from hipquant.codeobjects import QUANTIZED
-from hipquant.driver import Event, gpu
+from hipquant.driver import Event, gpu, gpu_symbols
 from hipquant.driver.gpu_stream import Stream
 from hipquant.errors import DriverError, OutOfDeviceMemoryError
 
@@ -176,6 +176,54 @@ def test_a_kernel_of_ones_own(fake: Fake, device: gpu.Device) -> None:
     assert device.get_or_load_func("mul_mat_vec_q4_0_q8_1_cuda1", fake.image()).row is not None
 
 
+def test_launches_that_overlap(fake: Fake, device: gpu.Device) -> None:
+    """As many as are asked to, on one kind of GPU; elsewhere, and where the code object cannot wait, none."""
+    overlapping, ptx = fake.integer("fake_overlapping"), fake.kind == "cuda"
+
+    def overlaps(device: gpu.Device, image: bytes) -> int:
+        """How many of two launches overlapped, and of the two that are captured."""
+        function, one = device.get_or_load_func("add_bias_f32", image), (1, 1, 1)
+        stream, x = device.create_stream(), device.allocate(64)
+        before = overlapping.value
+        for overlap in (True, False):
+            function.launch(one, one, 0, stream, [x, x, 1], overlap=overlap)
+        now = overlapping.value
+        with stream.capture() as graph:
+            for overlap in (True, False):
+                function.launch(one, one, 0, stream, [x, x, 1], overlap)
+        assert overlapping.value == now
+        graph.launch(stream)
+        assert overlapping.value - now == now - before
+        return now - before
+
+    def image_for(device: gpu.Device) -> bytes:
+        new = device.target.name == "sm_90"
+        return ADD.replace("sm_75", "sm_90").encode() if new else ADD.encode() if ptx else amd_elf(device.target.name)
+
+    assert overlaps(device, image_for(device)) == ptx
+    assert overlaps(device, fake.image()) == 0, "PTX for sm_75 has no instruction to wait with"
+    assert overlaps(fake.open(1), image_for(fake.open(1))) == 0
+    assert len(fake.ran) == 12
+    fake.integer("fake_version").value = 12020 if ptx else 60000000
+    assert overlaps(fake.open(), image_for(device)) == 0, "a graph of CUDA 12.2 does not keep it"
+
+
+def test_a_driver_without_launches_that_overlap(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fake.kind != "cuda":
+        pytest.skip("HIP has none")
+    row = gpu_symbols.SYMBOLS["launch_config"]
+    monkeypatch.setitem(gpu_symbols.SYMBOLS, "launch_config", row._replace(cuda="cuFuture"))
+    device = fake.open()
+    assert not device.can_overlap
+    function, x = device.get_or_load_func("add_bias_f32", fake.image()), device.allocate(64)
+    function.launch((2, 1, 1), (3, 1, 1), 99, device.stream, [x, x, 1], overlap=True)
+    assert fake.ran == [("add_bias_f32", (2, 1, 1, 3, 1, 1, 99))]
+    assert fake.integer("fake_overlapping").value == 0
+    fake.fail("cuLaunchKernel")
+    with pytest.raises(DriverError, match=r"cuLaunchKernel failed with CUDA_ERROR_LAUNCH_FAILED \(719\): launching"):
+        function.launch((2, 1, 1), (3, 1, 1), 99, device.stream, [x, x, 1], overlap=True)
+
+
 # --- streams, events and graphs ---
 
 
@@ -251,6 +299,17 @@ def test_graphs(fake: Fake, device: gpu.Device) -> None:
     del graph, copies
     assert device.allocated == 0
     assert fake.live().keys() == {"streams", "modules"}
+
+
+def test_a_capture_that_does_not_begin(fake: Fake, device: gpu.Device) -> None:
+    """It leaves alone what somebody else captures on the same stream."""
+    function, x, stream = device.get_or_load_func("add_bias_f32", fake.image()), device.allocate(64), device.stream
+    theirs = Stream.from_handle(device, stream.handle)
+    with stream.capture() as graph:
+        with pytest.raises(DriverError, match="beginning to capture a graph"), theirs.capture():
+            pass
+        function.launch((1, 1, 1), (1, 1, 1), 0, stream, [x, x, 1])
+    assert (len(graph), fake.ran) == (1, [])
 
 
 def test_a_capture_that_fails_ends(fake: Fake, device: gpu.Device) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hipquant.sampling import Sampler, SamplingParams, StopStrings
+from hipquant.sampling import Sampler, SamplingParams, StopStrings, _probabilities, random_bits
 
 
 def exact_distribution(logits, params, recent=()):
@@ -86,12 +86,10 @@ def test_only_what_remains_is_drawn(values, top_k, top_p, min_p, recent):
 def test_top_k_of_large_vocabularies(n_vocab, top_k):
     logits = np.round(np.random.default_rng(n_vocab).normal(0, 2, n_vocab), 1).astype(np.float32)  # many are equal
     sampler = Sampler(SamplingParams(top_k=top_k, top_p=1.0, min_p=0.0, seed=0))
-    tokens, values = sampler._candidates(logits)
     best = np.lexsort((np.arange(n_vocab), -logits))[:top_k]
     if top_k >= n_vocab:  # nothing is cut, so nothing is sorted
         best = np.arange(n_vocab)
-    assert tokens.tolist() == best.tolist()
-    assert values.tolist() == logits[best].tolist()
+    assert sampler._candidates(logits).tolist() == best.tolist()
 
 
 def test_greedy():
@@ -121,12 +119,41 @@ def test_seeds():
     assert [d.sample(logits) for _ in range(20)] != [e.sample(logits) for _ in range(20)]
 
 
+def test_random_bits_are_philox():
+    """The first two of the four words that Random123 (Salmon et al.) gives as known answers for counter and key 0."""
+    assert random_bits(0, 0) == 0xE169C58D_6627E8D5
+    assert len({random_bits(seed, number) for seed in (0, 1, 2**32, 2**64 - 1) for number in range(100)}) == 400
+
+
+def test_probabilities():
+    """e^x to a few units in the last place of a float, in multiples of 2^-40."""
+    x = np.concatenate([-np.logspace(-9, np.log10(27.99), 5000), [0, -0.0]]).astype(np.float32)
+    exact = np.exp(x.astype(np.float64)) * 2**40
+    found = _probabilities(x)
+    assert found[-1] == found[-2] == 2**40
+    assert (np.abs(found - exact) <= 3e-7 * exact + 1).all()
+    assert not _probabilities(np.float32([-28, -29, -1e30, -np.inf])).any()
+
+
+def test_extreme_parameters():
+    """What is finite stays finite, and nothing but the best remains where the temperature is next to 0."""
+    logits = np.float32([1, 3e38, -3e38, 2])
+    for penalty in (1e-300, 1e-3, 1e300):
+        params = SamplingParams(temperature=1e-300, repetition_penalty=penalty, seed=0)
+        expected = 0 if penalty > 1 else 1
+        assert Sampler(params).sample(logits[:2], [1]) == expected
+        Sampler(params).sample(logits, [1, 2, 0, 3])
+    even = SamplingParams(temperature=1e300, top_k=0, top_p=1.0, min_p=0.0, seed=1)
+    sampler = Sampler(even)
+    assert {sampler.sample(np.float32([0, -1e30, 27, -np.inf])) for _ in range(60)} == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        ([1, float("nan"), 2], "found nan for token 1"),
-        ([1, float("inf"), 2], "found inf for token 1"),
-        ([float("-inf")] * 3, "found -inf for token 0"),
+        ([1, float("nan"), 2], "found NaN or infinity for token 1"),
+        ([1, 2, float("inf"), float("nan")], "found NaN or infinity for token 2"),
+        ([float("-inf")] * 3, "found NaN or infinity for token 0"),
         ([], r"found shape \[0\]"),
         ([[1.0]], r"found shape \[1, 1\]"),
     ],

@@ -117,7 +117,7 @@ def test_thousands_of_nodes() -> None:
 
 
 def test_which_code_object_has_a_kernel(simulated: SimulatedGpu) -> None:
-    device, own, other = simulated.device, "get_rows_f32", "silu_mul_q8_1"
+    device, own, other = simulated.device, "get_rows_f32", "rope_store_kv_f16"
     for container, has, lacks in ((QUANTIZED, own, other), (ENGINE, other, own)):
         device.get_or_load_func(has, container)
         with pytest.raises(KernelNotFoundError, match=lacks):
@@ -179,7 +179,7 @@ def test_failing_calls_and_leaks() -> None:
             gpu.fail_nth(-1)
             if not re.search("Destroy|Free|SetCurrent", failed[-1]):
                 assert gpu.live() == before
-        assert {"cuLaunchKernel", "cuGraphLaunch", "cuMemAlloc_v2", "cuStreamCreate"} <= set(failed)
+        assert {"cuLaunchKernelEx", "cuGraphLaunch", "cuMemAlloc_v2", "cuStreamCreate"} <= set(failed)
 
 
 def test_out_of_memory() -> None:

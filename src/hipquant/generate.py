@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import ContextLengthError
 
 if TYPE_CHECKING:
-    from .models.model import Model
-    from .sampling import SamplingParams
+    from .models.model import Drawing, Model
+    from .sampling import Sampler, SamplingParams, StopStrings
 
 
 @dataclass
@@ -97,21 +97,21 @@ class Generation:
         reserved = self.model.reserve(self.prompt) if self.sequence is None else None
         try:
             # Where every sequence is in use, the first one is shared: both recompute what the other has replaced.
-            yield from self._tokens_to_text(
-                sampler, stops, next(s for s in (self.sequence, reserved, 0) if s is not None)
-            )
+            sequence = next(s for s in (self.sequence, reserved, 0) if s is not None)
+            drawn = _DrawnAhead if self.model.device_sampling else _Drawn
+            tokens = drawn(self.model, sampler, sequence, self._progress)
+            yield from self._tokens_to_text(tokens, stops)
         finally:
             if reserved is not None:
                 self.model.release(reserved)
 
-    def _tokens_to_text(self, sampler: Any, stops: Any, sequence: int) -> Iterator[str]:
+    def _tokens_to_text(self, source: _Drawn, stops: StopStrings) -> Iterator[str]:
         model, every = self.model, list(self.prompt)
         text = _Text(model, self.prompt)
         while True:
-            begun = time.perf_counter()
-            logits, computed = model.extend(every, sequence, None if self.tokens else self._progress)
-            token = sampler.sample(logits, every)
-            self._count(time.perf_counter() - begun, computed)
+            more = len(self.tokens) + 1 != self.max_tokens and len(every) + 1 < model.context
+            token, computed, seconds = source.next(every, more)
+            self._count(seconds, computed)
             if token in text.end_ids:
                 self.finish_reason = "end"
                 break
@@ -142,6 +142,51 @@ class Generation:
             t.prompt_seconds, t.prompt_computed = seconds, computed
         else:
             t.generation_seconds += seconds
+
+
+class _Drawn:
+    """Tokens that the host draws, one after the other."""
+
+    def __init__(
+        self, model: Model, sampler: Sampler, sequence: int, progress: Callable[[int, int], None] | None
+    ) -> None:
+        self.model, self.sampler, self.sequence, self._progress = model, sampler, sequence, progress
+
+    def next(self, every: Sequence[int], more: bool) -> tuple[int, int, float]:
+        """The token after `every`, how many tokens were computed for it, and seconds; `more` may be asked for."""
+        begun = time.perf_counter()
+        logits, computed = self.model.extend(every, self.sequence, self._take_progress())
+        token = self.sampler.sample(logits, every)
+        return token, computed, time.perf_counter() - begun
+
+    def _take_progress(self) -> Callable[[int, int], None] | None:
+        """It is called for the prompt alone."""
+        progress, self._progress = self._progress, None
+        return progress
+
+
+class _DrawnAhead(_Drawn):
+    """Tokens that the device draws: the pass for the next one is launched before the last one is known here.
+
+    What is launched behind a token that ends the text is not asked for: others write over it.
+    """
+
+    _last: Drawing | None = None
+    _next: Drawing | None = None
+
+    def next(self, every: Sequence[int], more: bool) -> tuple[int, int, float]:
+        begun, model, computed = time.perf_counter(), self.model, 1
+        follows, current = self._last is not None, self._next
+        if current is None and self._last is not None:
+            current = model.draw_ahead(self._last, self.sampler)
+        if current is None:
+            current, computed = model.draw(every, self.sampler, self.sequence, self._take_progress())
+        # Not behind the prompt, whose time ends with its token.
+        self._next = model.draw_ahead(current, self.sampler) if more and follows else None
+        self._last = current
+        token = model.drawn(current)
+        # While the caller had the last token the device went on: its own time counts where it is longer.
+        return token, computed, max(time.perf_counter() - begun, current.seconds)
 
 
 class _Text:

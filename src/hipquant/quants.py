@@ -13,6 +13,7 @@ from enum import Enum
 from .errors import UnsupportedQuantTypeError
 
 QK8_1 = 32  # activations per q8_1 block
+UNIT = 64  # weights of a unit of the engine's planes
 MATRIX_ROW_PADDING = 512  # a row of q8_1 activations is padded to a multiple of this many elements
 
 
@@ -130,3 +131,20 @@ def quant_type(which: QuantType | str | int, operation: str = "hipquant") -> Qua
 def padded(k: int, multiple: int = MATRIX_ROW_PADDING) -> int:
     """k rounded up to a multiple: a row of activations takes `padded(k)` elements in q8_1."""
     return -(-k // multiple) * multiple
+
+
+def plane_units(k: int) -> int:
+    """Units of `UNIT` weights that the engine's planes (kernels/gpu/planes.h) cut a row into."""
+    return -(-k // UNIT)
+
+
+def plane_bytes(type: QuantType, rows: int, k: int) -> int:
+    """Bytes of a matrix in planes: those of its blocks, where these fill a multiple of 4."""
+    bytes_of_256 = 256 // type.block_size * type.block_bytes
+    aligned = bytes_of_256 + 2 if type.name == "Q3_K" else bytes_of_256  # its scales are read as 16 bytes
+    return rows * plane_units(k) * aligned // 4
+
+
+def activation_bytes(n_padded: int) -> int:
+    """Bytes of a column of activations in planes, of a multiple of `UNIT` values."""
+    return n_padded // UNIT * 80

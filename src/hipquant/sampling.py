@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 _BLOCK = 256  # of the search for the top k: large enough that few maxima remain, small enough to bound k well
+_LOW_32, _LOW_64 = 2**32 - 1, 2**64 - 1
+_FLOAT32 = np.finfo(np.float32)
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,16 @@ class SamplingParams:
 
 
 class Sampler:
-    """Draws tokens by SamplingParams. The same seed and the same logits give the same tokens (PCG64)."""
+    """Draws tokens by SamplingParams. The same seed and the same logits give the same tokens, on any device.
+
+    The nth draw takes random bits n of the seed's sequence, of which the low 64 bits count. Probabilities are whole
+    multiples of 2^-40 of the best token's: what is less probable is never drawn. GPUs draw alike (`engine/sample.hip`).
+    """
 
     def __init__(self, params: SamplingParams | None = None) -> None:
         self.params = SamplingParams() if params is None else params
-        self._random = np.random.Generator(np.random.PCG64(self.params.seed))
+        self.seed = secrets.randbits(64) if self.params.seed is None else int(self.params.seed) & _LOW_64
+        self.draws = 0  # so far
 
     def sample(self, logits: npt.NDArray[np.float32], recent: Sequence[int] = ()) -> int:
         """The next token for logits [n_vocab]; `recent` are the tokens before it, the newest last.
@@ -67,54 +75,108 @@ class Sampler:
         logits = np.asarray(logits, np.float32)
         if logits.ndim != 1 or not logits.size:
             raise ValueError(f"logits: found shape {list(logits.shape)}, expected [n_vocab]")
-        best = logits.max()  # NaN if there is one
-        if not np.isfinite(best):
-            at = int(np.argmax(np.isnan(logits) | (logits == best)))
-            raise ValueError(f"logits: found {logits[at]} for token {at}, expected finite numbers (or -inf for some)")
+        if not np.isfinite(logits.max()):  # NaN if there is one
+            raise unusable_logits(int(np.argmax(~(logits < np.inf))))
         logits = self._penalized(logits, recent)
+        number, self.draws = self.draws, self.draws + 1
+        best = int(logits.argmax())
         if self.params.temperature == 0:
-            return int(logits.argmax())
-        tokens, values = self._candidates(logits)
-        weights = np.exp((values - values.max()) / self.params.temperature)
-        cumulative = np.cumsum(weights)
-        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        return int(tokens[min(int(drawn), len(tokens) - 1)])
+            return best
+        tokens = self._candidates(logits)
+        distance = _distance(logits[tokens], logits[best])
+        chances = _probabilities(distance * _float32(1 / self.params.temperature))
+        chances[distance < self._least] = 0
+        return int(tokens[_first_above(chances, lambda total: total * random_bits(self.seed, number) >> 64)])
+
+    @property
+    def _least(self) -> np.float32:
+        """How far below the best logit one may be by min-p."""
+        return np.float32(math.log(self.params.min_p) if self.params.min_p > 0 else -np.inf)
+
+    @property
+    def _nucleus(self) -> int:
+        """top_p in 2^-64; 2^64 - 1 is all."""
+        return _LOW_64 if self.params.top_p >= 1 else int(self.params.top_p * 2**64)
 
     def _penalized(self, logits: npt.NDArray[np.float32], recent: Sequence[int]) -> npt.NDArray[np.float32]:
-        penalty, window = self.params.repetition_penalty, self.params.repetition_window
-        if penalty == 1 or window == 0 or not len(recent):
+        window = self.params.repetition_window
+        if self.params.repetition_penalty == 1 or window == 0 or not len(recent):
             return logits
         tokens = np.unique(np.asarray(recent[-window:], np.int64))
         tokens = tokens[(tokens >= 0) & (tokens < len(logits))]
-        logits = logits.copy()
-        values = logits[tokens]
-        logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
+        tokens = tokens[np.isfinite(logits[tokens])]
+        logits, values, penalty = logits.copy(), logits[tokens], _float32(self.params.repetition_penalty)
+        with np.errstate(over="ignore", under="ignore"):
+            values = np.where(values > 0, values / penalty, values * penalty)
+        logits[tokens] = np.clip(values, -_FLOAT32.max, _FLOAT32.max)
         return logits
 
-    def _candidates(self, logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Tokens and logits that remain after top-k, top-p and min-p."""
+    def _candidates(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """Tokens that remain after top-k and top-p, best first where there is either."""
         p, keep = self.params.top_p, self.params.top_k
         if 0 < keep < len(logits):
-            tokens, values = _sorted(logits, _top(logits, keep))
-            tokens, values = tokens[:keep], values[:keep]
-            total = np.exp(values - values[0]).sum()
+            tokens = _sorted(logits, _top(logits, keep))[:keep]
+            weights = _probabilities(_distance(logits[tokens], logits[tokens[0]]))
+            total = int(weights.sum())
         elif p < 1:
-            weights = np.exp(logits - logits.max())
-            total = weights.sum(dtype=np.float64)
-            # What is left out here sums to less than 1 - p; sorting the few that remain is what makes this quick.
-            floor = total * (1 - p) / len(logits)
-            tokens, values = _sorted(logits, np.flatnonzero((weights >= floor) & (weights > 0)))
+            weights = _probabilities(_distance(logits, logits.max()))
+            total = int(weights.sum())
+            # What is left out here sums to less than is not wanted; sorting the few that remain makes this quick.
+            floor = max(1, (total - (total * self._nucleus >> 64)) // len(logits))
+            tokens = _sorted(logits, np.flatnonzero(weights >= floor))
+            weights = weights[tokens]
         else:
-            tokens = np.flatnonzero(logits > -np.inf)
-            values = logits[tokens].astype(np.float64)
+            return np.arange(len(logits))
         if p < 1:
-            cumulative = np.cumsum(np.exp(values - values[0]))
-            values = values[: int(np.searchsorted(cumulative, p * total)) + 1]
-            tokens = tokens[: len(values)]
-        if self.params.min_p > 0:
-            probable = values >= values.max() + math.log(self.params.min_p)
-            tokens, values = tokens[probable], values[probable]
-        return tokens, values
+            tokens = tokens[: _first_above(weights, lambda _: max(0, (total * self._nucleus >> 64) - 1)) + 1]
+        return tokens
+
+
+def unusable_logits(token: int) -> ValueError:
+    """For logits of which `token` is the first that is NaN or infinite, or 0 where all are -inf."""
+    return ValueError(
+        f"logits: found NaN or infinity for token {token}, expected finite numbers (or -inf for some); "
+        "where a model gives them, its file is damaged or was converted with overflow: get it again"
+    )
+
+
+def random_bits(seed: int, number: int) -> int:
+    """64 random bits for a number of a seed's sequence: Philox 4x32-10 (Salmon et al., SC 2011)."""
+    k0, k1, c0, c1, c2, c3 = seed & _LOW_32, seed >> 32, number, 0, 0, 0
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & _LOW_32, (a >> 32) ^ c3 ^ k1, a & _LOW_32
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW_32, (k1 + 0xBB67AE85) & _LOW_32
+    return c1 << 32 | c0
+
+
+def _probabilities(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
+    """e^x for x <= 0 as multiples of 2^-40, in arithmetic that every processor does alike: sample.hip has the same."""
+    inside = x > -28
+    x = np.where(inside, x, np.float32(0))
+    n = (x * np.float32(1.44269504) - np.float32(0.5)).astype(np.int32)
+    r = (x - n.astype(np.float32) * np.float32(0.693359375)) - n.astype(np.float32) * np.float32(-2.12194440e-4)
+    e = np.full_like(r, 1 / 5040)
+    for term in (720, 120, 24, 6, 2, 1, 1):
+        e = e * r + np.float32(1) / np.float32(term)
+    fixed = (e * np.float32(1 << 24)).astype(np.uint64) << np.uint64(16) >> (-n).astype(np.uint64)
+    return np.where(inside, fixed, np.uint64(0))
+
+
+def _distance(logits: npt.NDArray[np.float32], best: np.float32) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # to -inf, which has no probability
+        return logits - best
+
+
+def _float32(value: float) -> np.float32:
+    """The nearest float above 0 that is not subnormal and not infinite."""
+    return np.float32(min(max(value, float(_FLOAT32.tiny)), float(_FLOAT32.max)))
+
+
+def _first_above(weights: npt.NDArray[np.uint64], target_of: Callable[[int], int]) -> int:
+    """The first of weights at which their running sum exceeds the target, which is found for the sum of all."""
+    sums = np.cumsum(weights)
+    return int(np.searchsorted(sums, np.uint64(target_of(int(sums[-1]))), side="right"))
 
 
 def _top(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
@@ -128,14 +190,41 @@ def _top(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
     return np.flatnonzero(logits >= kth)
 
 
-def _sorted(
-    logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def _sorted(logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Best first, the lower id first among equals: one sort of integers, the logit's rank above the id."""
     bits = (logits[tokens] + np.float32(0)).view(np.int32)  # -0 becomes 0, which it equals
     rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # IEEE floats, negatives flipped, order as integers
-    tokens = np.sort((~rank.astype(np.int64) << 32) | tokens) & 0xFFFFFFFF
-    return tokens, logits[tokens].astype(np.float64)
+    return np.sort((~rank.astype(np.int64) << 32) | tokens) & 0xFFFFFFFF
+
+
+# How a GPU draws for a sequence: 16 words, which the kernels of engine/sample.hip read and count on.
+_STATE = np.dtype(
+    {
+        "names": ["position", "first", "top_k", "window", "penalty", "inverse_temperature", "least", "seed", "top_p"],
+        "formats": ["<i4", "<i4", "<i4", "<i4", "<f4", "<f4", "<f4", "<u8", "<u8"],
+        "offsets": [0, 4, 8, 12, 16, 20, 24, 32, 40],
+        "itemsize": 64,
+    }
+)
+STATE_WORDS = _STATE.itemsize // 4
+SAMPLES = 4  # tokens of a sequence that wait to be read: the one for position p is number p % 4
+
+
+def state(sampler: Sampler, position: int, n_vocab: int) -> npt.NDArray[np.uint32]:
+    """The state of a sequence whose next token, at `position`, is the sampler's next draw: 16 words."""
+    p, words = sampler.params, np.zeros(1, _STATE)
+    words["position"], words["first"] = position, position - sampler.draws
+    words["top_k"] = p.top_k if p.top_k < n_vocab else 0
+    words["window"] = 0 if p.repetition_penalty == 1 else min(p.repetition_window, 2**31 - 1)
+    words["penalty"] = _float32(p.repetition_penalty)
+    words["inverse_temperature"] = _float32(1 / p.temperature) if p.temperature else 0
+    words["least"], words["seed"], words["top_p"] = sampler._least, sampler.seed, sampler._nucleus
+    return words.view(np.uint32)
+
+
+def work_words(n_vocab: int) -> int:
+    """Words of memory that a row of logits takes while a token is drawn; they are 0 at the begin."""
+    return 16 + 2048 + 4 * -(-n_vocab // 1024) + 2 * n_vocab
 
 
 class StopStrings:

@@ -31,6 +31,7 @@ Dim3 = tuple[int, int, int]
 Silicon = Literal["any", "cpu", "gpu"]  # whose code objects have a kernel
 PROFILES = ("hip", "cuda")
 MAX_BATCH = 8  # columns that one mul_mat_vec kernel takes
+PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are compiled for
 MAX_GRID_Y = 65535
 PACK_ROWS = 16  # rows that the engine's packed weights interleave
 
@@ -77,6 +78,7 @@ class Kernel:
     output: str = "f32"
     batch: int = 0
     silicon: Silicon = "any"
+    overlaps: bool = False  # may begin before the kernel in front of it has ended: it waits by itself
 
     @property
     def signature(self) -> str:
@@ -276,20 +278,24 @@ def _cpu_engine() -> Iterator[Kernel]:
 
 
 def _gpu_engine() -> Iterator[Kernel]:
-    """The GPU engine's families, in code objects of their own. `q` is a column of q8_1, padded to `n_padded` values.
+    """The GPU engine's families, in code objects of their own.
 
-    A row of `qkv` holds n_head queries, then n_head_kv keys, then as many values, of head_dim floats each. The KV cache
-    is halves [slot][head][n_context][head_dim]. Attention is *split* over the positions of a sequence: a part of
-    `partial` [token][head][split] holds the sum of values, weighted, its greatest score, and the sum of weights.
-    Tokens of `attention_prefill_f16` are of one sequence, that of the first one, at consecutive positions.
+    Weights lie in *planes* (`kernels/gpu/planes.h`), and so do activations: `q` and `y` are columns of them, padded to
+    `n_padded` values. A row of `qkv` holds n_head queries, then n_head_kv keys, then as many values, of head_dim floats
+    each. The KV cache is halves [slot][head][n_context][head_dim]. Attention is *split* over the positions of a
+    sequence: a part of `partial` [token][head][split] holds the sum of values, weighted, its greatest score, and the
+    sum of weights. Tokens of `attention_prefill_f16` are of one sequence, that of the first one, at consecutive
+    positions. `counters` are 0 between launches.
     """
 
-    def kernel(name: str, args: str, block: Dim3, grid: Callable[..., Dim3], type: QuantType | None = None) -> Kernel:
-        family = name if type is None else name.removesuffix(f"_{type.suffix}")
-        return Kernel(name, family, _args(args), block, grid, type, silicon="gpu")
+    def kernel(
+        name: str, args: str, block: Dim3, grid: Callable[..., Dim3], type: QuantType | None = None, batch: int = 0
+    ) -> Kernel:
+        family = name if type is None else name.partition(f"_{type.suffix}")[0]
+        return Kernel(name, family, _args(args), block, grid, type, batch=batch, silicon="gpu", overlaps=True)
 
     yield kernel(
-        "add_rms_norm_q8_1",
+        "add_rms_norm_q8",
         "float* x, const float* residual, const float* weight, float* y, void* q, int n, int n_padded, float eps",
         (1024, 1, 1),
         lambda rows: (rows, 1, 1),
@@ -302,28 +308,30 @@ def _gpu_engine() -> Iterator[Kernel]:
         lambda n_head, n_head_kv, ntokens: (n_head + 2 * n_head_kv, ntokens, 1),
     )
     yield kernel(
-        "attention_split_f16",
-        "const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial, const int* position,"
-        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int splits, float scale",
+        "attention_decode_f16",
+        "const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial, float* y, void* q,"
+        " int* counters, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_context,"
+        " int splits, int n_padded, float scale",
         (128, 1, 1),
         lambda n_head_kv, splits, ntokens: (n_head_kv * splits, ntokens, 1),
     )
     yield kernel(
-        "attention_combine_q8_1",
-        "const float* partial, float* y, void* q, int n_head, int head_dim, int splits, int n_padded",
-        (256, 1, 1),
-        lambda n_padded, ntokens: (_ceil(n_padded, 256), ntokens, 1),
-    )
-    yield kernel(
         "attention_prefill_f16",
         "const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y, const int* position,"
-        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, float scale",
+        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, int n_padded,"
+        " float scale",
         (128, 1, 1),
         lambda n_head, n_head_kv, ntokens: (n_head_kv, _ceil(ntokens * (n_head // n_head_kv), 64), 1),
     )
     yield kernel(
-        "silu_mul_q8_1",
+        "silu_mul_q8",
         "const float* gate_up, float* y, void* q, int n, int n_padded",
+        (256, 1, 1),
+        lambda n_padded, rows: (_ceil(n_padded, 256), rows, 1),
+    )
+    yield kernel(
+        "quantize_q8",
+        "const float* x, void* q, int n_padded",
         (256, 1, 1),
         lambda n_padded, rows: (_ceil(n_padded, 256), rows, 1),
     )
@@ -340,14 +348,60 @@ def _gpu_engine() -> Iterator[Kernel]:
         lambda nbytes: (_ceil(nbytes, 1 << 20), 1, 1),
     )
     yield kernel("argmax_f32", "const float* x, int* ids, int n", (256, 1, 1), lambda rows: (rows, 1, 1))
-    for t in FLOAT_TYPES:
+    sampled = "const float* logits, const int* slot, const int* state, const int* history, int* work"
+    for name, args in (
+        ("sample_best_f32", f"{sampled}, int n, int n_context"),
+        ("sample_bins_f32", f"{sampled}, int n, int n_context"),
+        (
+            "sample_draw_f32",
+            "const float* logits, const int* slot, int* state, int* history, int* work, int* token, int* position,"
+            " int* samples, int n, int n_context",
+        ),
+    ):
+        yield kernel(name, args, (256, 1, 1), lambda n, rows: (_ceil(n, 1024), rows, 1))
+    for t in WEIGHT_TYPES:
         yield kernel(
-            f"mul_mat_vec_float_{t.suffix}",
-            "const void* x, const float* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int nrows_dst",
-            (32, 4, 1),
-            lambda nrows, ncols: (_ceil(nrows, 4), _ceil(ncols, 4), 1),
+            f"repack_{t.suffix}",
+            "const void* x, void* planes, int ncols, int nrows, int first, int nrows_planes",
+            (256, 1, 1),
+            lambda nrows, units: (_ceil(nrows * units, 256), 1, 1),
             t,
         )
+        yield kernel(
+            f"get_rows_planes_{t.suffix}",
+            "const void* planes, const uint32_t* ids, float* dst, int k, int nrows",
+            (256, 1, 1),
+            lambda nids, units: (nids, _ceil(units, 16), 1),
+            t,
+        )
+        yield kernel(
+            f"mul_mat_planes_{t.suffix}",
+            "const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int n_padded,"
+            " int nrows_dst",
+            (32, 8, 1),
+            lambda nrows, ncols: (_ceil(nrows, 128), _ceil(ncols, 128), 1),
+            t,
+        )
+    for t in WEIGHT_TYPES + FLOAT_TYPES:
+        for b in PLANE_BATCHES:
+            yield kernel(
+                f"mul_mat_vec_planes_{t.suffix}_{b}",
+                "const void* x, const void* y, const float* squares, float eps, int ncols_x, int nrows_x, int ncols_y,"
+                " int n_padded, const float* bias, float* dst, int first, int nrows_dst, int then, const float* weight,"
+                " float* normed, void* q, float* sums, int* counters, int n_padded_q, uint16_t* k_cache,"
+                " uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,"
+                " int n_head_kv, int head_dim, int n_rot, int n_context",
+                (32, 4, 1),
+                lambda nrows, units, ncols, b=b: (_ceil(nrows, _rows_to_a_block(units, b)), _ceil(ncols, b), 1),
+                t,
+                b,
+            )
+
+
+def _rows_to_a_block(units: int, batch: int) -> int:
+    """Rows that a block of `mul_mat_vec_planes_*` takes: 4 teams, of which 1, 2 or 4 share 2 or 4 rows."""
+    share = 1 if units <= 32 else 2 if units <= 64 or 128 < units <= 192 else 4
+    return 4 // share * (4 if batch <= 2 else 2)
 
 
 COMPATIBILITY: tuple[Kernel, ...] = (

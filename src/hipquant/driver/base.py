@@ -178,11 +178,23 @@ class Function(ABC):
         self._node = struct.Struct(f"{header}{slots}{8 * ((size or len(self.args)) - len(self.args))}x")
 
     @abstractmethod
-    def launch(self, grid: Dim3, block: Dim3, shared_mem: int, stream: Stream, params: Sequence[object]) -> None:
+    def launch(
+        self,
+        grid: Dim3,
+        block: Dim3,
+        shared_mem: int,
+        stream: Stream,
+        params: Sequence[object],
+        overlap: bool = False,
+    ) -> None:
         """Launches the kernel on `grid` blocks with the parameters of the wiring table, in its order.
 
         A parameter is a `Buffer`, a tensor, an address or None where the table has a pointer (on the CPU also a
         contiguous array), and a number elsewhere. Raises `TypeError` or `ValueError` for what does not fit the table.
+
+        With `overlap` the kernel may begin before the one in front of it has ended: for kernels that wait by themselves
+        (`Kernel.overlaps`). Only NVIDIA's GPUs of compute capability 9.0 and later do so, from CUDA 12.3 on; elsewhere
+        this is a plain launch, with the same results.
         """
 
     @abstractmethod
@@ -201,7 +213,7 @@ class Function(ABC):
         return TypeError(f"{self.name}: grid {grid}, block {block} or a parameter does not fit its type: {error}")
 
     def _check_geometry(self, grid: Dim3, block: Dim3) -> None:
-        if min(*grid, *block) < 1:
+        if 0 in grid or 0 in block:  # nothing that is negative has been packed
             raise ValueError(f"{self.name}: grid {grid} and block {block} must be at least 1 in each direction")
 
 

@@ -208,7 +208,15 @@ class Function(base.Function):
         super().__init__(name, NODE_HEADER, MAX_PARAMS)
         self.module, self.address = module, address
 
-    def launch(self, grid: Dim3, block: Dim3, shared_mem: int, stream: base.Stream, params: Sequence[object]) -> None:
+    def launch(
+        self,
+        grid: Dim3,
+        block: Dim3,
+        shared_mem: int,
+        stream: base.Stream,
+        params: Sequence[object],
+        overlap: bool = False,
+    ) -> None:
         if not isinstance(stream, Stream):
             raise TypeError(f"{self.name}: a kernel of the CPU needs a stream of the CPU, not {stream!r}")
         values = self._values(params)

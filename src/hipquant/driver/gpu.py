@@ -46,6 +46,8 @@ class Device(base.Device):
         self.driver_version = (version // major, version % major // minor)
         target, self.wave_size, self.compute_units = self._describe()
         self._target = GpuModel(target, self.kind, self.driver_version)
+        new = self.driver_version >= symbols.OVERLAP_SINCE and "launch_config" in library.functions
+        self.can_overlap = new and self.kind == "cuda" and int(target.removeprefix("sm_")) >= 90
         self.allocated = 0
         self.stream: Stream = self.create_stream()
 
@@ -89,20 +91,20 @@ class Device(base.Device):
 
     def _make(self, row: str, *args: object, destroy: str, what: str, out_at: int = 0) -> Owned:
         """A handle that a call returns through a pointer, and that `destroy` gives back."""
-        out = ctypes.c_void_p()
-        self._call(row, *args[:out_at], ctypes.byref(out), *args[out_at:], what=what)
-        return Owned(self, destroy, out.value or 0)
+        made = Owned(self, destroy)
+        self._call(row, *args[:out_at], ctypes.byref(made.out), *args[out_at:], what=what)
+        return made
 
-    def _give_back(self, row: str, value: int, nbytes: int) -> None:
+    def _give_back(self, row: str, made: ctypes.c_void_p, nbytes: int) -> None:
         """Frees or destroys something, whichever thread the garbage collector runs in; errors show at a later call."""
-        if os.getpid() != self._pid:
+        if not made.value or os.getpid() != self._pid:
             return
         self.allocated -= nbytes
         before: Any = ctypes.c_void_p() if self.kind == "cuda" else ctypes.c_int()
         known = self.library.functions[self._get_row](ctypes.byref(before)) == 0
         ours = known and before.value == self._current
         if ours or self._set_current(self._current) == 0:
-            self.library.functions[row](value)
+            self.library.functions[row](made)
         if known and not ours:
             self._set_current(before)
 
@@ -178,26 +180,27 @@ class Device(base.Device):
     def allocate(self, nbytes: int, purpose: str = "a buffer", *, sparse: bool = False) -> Buffer:
         if nbytes < 0:
             raise ValueError(f"{purpose}: {nbytes} bytes cannot be allocated")
-        address = self._allocate("allocate", nbytes, purpose)
-        self.allocated += nbytes
-        return Buffer(self, Owned(self, "free", address, nbytes), address, nbytes)
+        memory = Owned(self, "free", nbytes)
+        try:
+            self._allocate("allocate", memory, nbytes, purpose)
+        finally:
+            self.allocated += nbytes if memory.value else 0
+        return Buffer(self, memory, memory.value, nbytes)
 
-    def _allocate(self, row: str, nbytes: int, purpose: str, *flags: int) -> int:
-        code, out = symbols.OUT_OF_MEMORY, ctypes.c_void_p()
+    def _allocate(self, row: str, memory: Owned, nbytes: int, purpose: str, *flags: int) -> None:
+        code = symbols.OUT_OF_MEMORY
         self._make_current()
         if nbytes < 1 << 62:  # ctypes would cut off what is above 64 bits
-            code = self.library.functions[row](ctypes.byref(out), max(nbytes, 1), *flags)
+            code = self.library.functions[row](ctypes.byref(memory.out), max(nbytes, 1), *flags)
         if code == symbols.OUT_OF_MEMORY:
             raise OutOfDeviceMemoryError(nbytes, self.free_memory if row == "allocate" else None, purpose)
         if code:
             raise self.library.error(row, code, f"{purpose}: {nbytes} bytes")
-        return out.value or 0
 
     def allocate_host(self, nbytes: int) -> Bytes:
         if nbytes < 0:
             raise ValueError(f"{nbytes} bytes cannot be allocated")
-        address = self._allocate("allocate_host", nbytes, "pinned memory", symbols.PORTABLE)
-        return np.asarray(PinnedMemory(self, address, nbytes))
+        return np.asarray(PinnedMemory(self, nbytes))
 
     def create_stream(self) -> Stream:
         made = self._make("create_stream", symbols.NON_BLOCKING, destroy="destroy_stream", what="creating a stream")

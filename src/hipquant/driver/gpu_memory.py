@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import weakref
 from typing import TYPE_CHECKING
 
+from ..errors import DriverError
 from . import base
+from . import gpu_symbols as symbols
 from .base import Array
 
 if TYPE_CHECKING:
@@ -13,13 +17,20 @@ if TYPE_CHECKING:
 
 
 class Owned:
-    """Something of the driver's that is given back when the last user lets go of it. Nothing raises then."""
+    """Something of the driver's that is given back when the last user lets go of it. Nothing raises then.
 
-    __slots__ = ("__weakref__", "value")
+    The call that makes it puts its handle or address into `out`: not even Ctrl-C right behind that call loses it.
+    """
 
-    def __init__(self, device: Device, row: str, value: int, nbytes: int = 0) -> None:
-        self.value = value
-        weakref.finalize(self, device._give_back, row, value, nbytes).atexit = False  # the process's end frees all
+    __slots__ = ("__weakref__", "out")
+
+    def __init__(self, device: Device, row: str, nbytes: int = 0) -> None:
+        self.out = ctypes.c_void_p()
+        weakref.finalize(self, device._give_back, row, self.out, nbytes).atexit = False  # the process's end frees all
+
+    @property
+    def value(self) -> int:
+        return self.out.value or 0
 
 
 class PinnedMemory(Owned):
@@ -27,9 +38,10 @@ class PinnedMemory(Owned):
 
     __slots__ = ("__array_interface__",)
 
-    def __init__(self, device: Device, value: int, nbytes: int) -> None:
-        super().__init__(device, "free_host", value)
-        self.__array_interface__ = {"data": (value, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+    def __init__(self, device: Device, nbytes: int) -> None:
+        super().__init__(device, "free_host")
+        device._allocate("allocate_host", self, nbytes, "pinned memory", symbols.PORTABLE)
+        self.__array_interface__ = {"data": (self.value, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
 
 
 class Buffer(base.Buffer):
@@ -44,11 +56,15 @@ class Buffer(base.Buffer):
     def __repr__(self) -> str:
         return f"<{self.nbytes} bytes on {self.device}>"
 
-    def view(self, offset: int, nbytes: int) -> Buffer:
+    def _held(self) -> Owned:
         if self._memory is None:
             raise ValueError("this buffer has been freed")
+        return self._memory
+
+    def view(self, offset: int, nbytes: int) -> Buffer:
+        memory = self._held()
         self._check_range(offset, nbytes)
-        return Buffer(self.device, self._memory, self.address + offset, nbytes)
+        return Buffer(self.device, memory, self.address + offset, nbytes)
 
     def write_async(self, data: Array, stream: base.Stream | None, offset: int = 0) -> None:
         self._copy("to_device", data, stream, offset)
@@ -61,17 +77,24 @@ class Buffer(base.Buffer):
     def _copy(self, row: str, host: Array, stream: base.Stream | None, offset: int) -> None:
         if not host.flags.c_contiguous:
             raise ValueError(f"the array must be C-contiguous, its strides are {host.strides}")
-        here, on = self.view(offset, host.nbytes), self.device._own(stream)
+        memory, nbytes, on = self._held(), host.nbytes, self.device._own(stream)
+        self._check_range(offset, nbytes)
         if stream is None and on._graph is not None:
             raise RuntimeError("the device's stream is capturing a graph; copy on a stream of your own")
-        if host.nbytes:
-            ends = (here.address, int(host.ctypes.data))
-            ends = ends if row == "to_device" else ends[::-1]
-            self.device._call(row, *ends, host.nbytes, on.handle, what=f"copying {host.nbytes} bytes")
+        try:
+            if nbytes:
+                here, there = self.address + offset, host.__array_interface__["data"][0]
+                ends = (here, there) if row == "to_device" else (there, here)
+                self.device._call(row, *ends, nbytes, on.handle, what=f"copying {nbytes} bytes")
+            if stream is None:
+                on.synchronize()
+        except BaseException:  # of Ctrl-C, too: the array must not go while it is being copied
+            if on._graph is None:
+                with contextlib.suppress(DriverError):
+                    on.synchronize()
+            raise
         if on._graph is not None:
-            on._graph.keep.append((here, host))
-        if stream is None:
-            on.synchronize()
+            on._graph.keep.append((memory, host))
 
     def fill(self, byte: int, stream: base.Stream | None = None) -> None:
         here, on = self.view(0, self.nbytes), self.device._own(stream)

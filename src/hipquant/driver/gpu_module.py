@@ -16,20 +16,22 @@ from ..wiring import KERNELS, Arg, Dim3
 from . import base
 from . import gpu_symbols as symbols
 from .gpu_memory import Buffer, Owned
-from .gpu_objects import image_for
+from .gpu_objects import image_for, waits
 
 if TYPE_CHECKING:
     from .gpu import Device
 
-LAUNCH_HEADER = "<3I3II4x"  # grid, block, shared memory; then 8 bytes a parameter
+# CUlaunchConfig: grid, block, shared memory, stream, attributes and their number; then 8 bytes a parameter.
+LAUNCH_HEADER = "<3I3II4xQQI4x"
 JIT_LOG = 16 << 10  # bytes
 # Codes, the same in both APIs, by which a driver says that a module's bytes are at fault: invalid image, no binary for
 # this GPU, invalid PTX (or kernel file), PTX version not supported, invalid source, shared object not initialized.
 REFUSED = frozenset((200, 209, 218, 222, 300, 303))
+_OVERLAP = ctypes.create_string_buffer(struct.pack("<I4xI60x", symbols.OVERLAP, 1))  # a CUlaunchAttribute
 
 
 class _Arguments(threading.local):
-    """Memory that a launch's parameters are packed into, and the addresses of each: one a thread."""
+    """Memory that a launch is packed into, and the addresses of its parameters: one a thread."""
 
     def __init__(self, nbytes: int, count: int) -> None:
         self.memory = ctypes.create_string_buffer(nbytes)
@@ -49,26 +51,42 @@ class Function(base.Function):
         super().__init__(name, LAUNCH_HEADER)
         self.module, self.device, self.handle = module, module.device, handle
         self._arguments = _Arguments(self._node.size, len(self.args))
-        self._launch = self.device.library.functions["launch"]
+        functions = self.device.library.functions
+        self._launch, self._launch_config = functions["launch"], functions.get("launch_config")
+        self._attributes = ctypes.addressof(_OVERLAP)
 
-    def launch(self, grid: Dim3, block: Dim3, shared_mem: int, stream: base.Stream, params: Sequence[object]) -> None:
+    def launch(
+        self,
+        grid: Dim3,
+        block: Dim3,
+        shared_mem: int,
+        stream: base.Stream,
+        params: Sequence[object],
+        overlap: bool = False,
+    ) -> None:
         device, on = self.device, self.device._own(stream)
         arguments = self._arguments if self.row else self._explicit(params)
         values = self._values(params) if self.row else ()
+        attributes = self._attributes, int(overlap and self.module.can_overlap)
         try:
-            self._node.pack_into(arguments.memory, 0, *grid, *block, shared_mem, *values)
+            self._node.pack_into(arguments.memory, 0, *grid, *block, shared_mem, on.handle, *attributes, *values)
         except struct.error as e:
             raise self._misfit(grid, block, e) from None
         self._check_geometry(grid, block)
         device._make_current()
-        code = self._launch(self.handle, *grid, *block, shared_mem, on.handle, arguments.pointers, None)
+        if self._launch_config is not None:
+            code = self._launch_config(arguments.memory, self.handle, arguments.pointers, None)
+        else:
+            code = self._launch(self.handle, *grid, *block, shared_mem, on.handle, arguments.pointers, None)
         if code:
             what = f"launching {self.name} on grid {grid}, block {block}, {shared_mem} bytes of shared memory"
-            raise device.library.error("launch", code, what)
+            raise device.library.error("launch_config" if self._launch_config else "launch", code, what)
         if on._graph is not None:
             on._graph.keep.append((self, tuple(params)))
 
     def _address(self, value: object, arg: Arg) -> int:
+        if type(value) is Buffer:
+            return self._own_address(value, arg.name)
         if value is None:
             return 0
         if isinstance(value, (int, np.integer)):
@@ -119,6 +137,7 @@ class Module(base.Module):
 
     def __init__(self, device: Device, code_object: bytes, piecemeal: bool = False) -> None:
         self.device, image = device, image_for(code_object, device.target)
+        self.can_overlap = device.can_overlap and waits(image)
         self._functions: dict[str, Function] = {}
         self._lock = threading.Lock()
         self._pieces = ptx_pieces(image) if piecemeal and device.kind == "cuda" else {}
@@ -131,11 +150,10 @@ class Module(base.Module):
         if device.kind == "cuda":
             options = symbols.JIT_ERROR_LOG, symbols.JIT_ERROR_LOG_SIZE
             values = ctypes.addressof(log), JIT_LOG
-        out, n = ctypes.c_void_p(), len(options)
+        made, n = Owned(device, "unload_module"), len(options)
+        arrays = (ctypes.c_int * max(n, 1))(*options), (ctypes.c_void_p * max(n, 1))(*values)
         device._make_current()
-        code = device.library.functions["load_module"](
-            ctypes.byref(out), image, n, (ctypes.c_int * max(n, 1))(*options), (ctypes.c_void_p * max(n, 1))(*values)
-        )
+        code = device.library.functions["load_module"](ctypes.byref(made.out), image, n, *arrays)
         what = f"loading a code object of {len(image)} bytes for {device.target}"
         if code in REFUSED:
             said = log.value.decode(errors="replace").strip()
@@ -143,7 +161,7 @@ class Module(base.Module):
             raise InvalidCodeObjectError(f"{what}: the driver refuses it with {name} ({code}). {said}".rstrip())
         if code:
             raise device.library.error("load_module", code, what)
-        return Owned(device, "unload_module", out.value or 0)
+        return made
 
     def get_function(self, name: str) -> Function:
         with self._lock:

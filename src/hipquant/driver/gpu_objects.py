@@ -154,6 +154,12 @@ def ptx_target(blob: bytes) -> str:
     return found[2].decode() if found else ""
 
 
+def waits(image: bytes) -> bool:
+    """Whether kernels of a code object can wait for the one in front by themselves: PTX for sm_90 and later."""
+    sm = _SM.fullmatch(ptx_target(image))
+    return sm is not None and int(sm[1]) >= 90
+
+
 def _machine(elf: bytes) -> int:
     return int(struct.unpack_from("<H", elf, 18)[0]) if len(elf) >= 20 else 0
 

@@ -70,17 +70,24 @@ class Stream(base.Stream):
         if self._graph is not None:
             raise RuntimeError("this stream is capturing a graph already")
         device, graph = self.device, Graph(self.device)
-        device._call("begin_capture", self.handle, symbols.CAPTURE_RELAXED, what="beginning to capture a graph")
-        self._graph = graph
+        begun, what = True, "beginning to capture a graph"
         try:
+            try:
+                device._call("begin_capture", self.handle, symbols.CAPTURE_RELAXED, what=what)
+            except DriverError:
+                begun = False  # and what somebody else captures must go on
+                raise
+            self._graph = graph
             yield graph
+            captured = self._end_capture()
         except BaseException:
-            self._graph = None
-            with contextlib.suppress(DriverError):  # the capture must end; its result is of no use
-                self._end_capture()
+            if begun:
+                with contextlib.suppress(DriverError):  # the capture must end; its result is of no use
+                    self._end_capture()
             raise
-        self._graph = None
-        graph.set(self._end_capture())
+        finally:
+            self._graph = None
+        graph.set(captured)
 
     def _end_capture(self) -> Owned:
         return self.device._make(

@@ -19,11 +19,15 @@ from ..errors import DeviceNotFoundError, DriverError
 
 KINDS = {"hip": "AMD", "cuda": "NVIDIA"}
 OUT_OF_MEMORY, NO_DEVICE, NOT_FOUND, NOT_UPDATABLE = 2, 100, 500, 910
+# Codes, the same in both APIs, behind which a process may have lost its GPU: uncorrectable memory error, illegal
+# address, launch timeout, assertion, five faults of a kernel, launch failure, unknown.
+LOST = frozenset((214, 700, 702, 710, 714, 715, 716, 717, 718, 719, 999))
 NON_BLOCKING = 1  # stream flag: no implicit order with the NULL stream, whose use would break a capture
 PORTABLE = 1  # flag of pinned memory: pinned for all devices
 CAPTURE_RELAXED = 2  # while a graph is captured, memory may be allocated and modules loaded
 JIT_INFO_LOG, JIT_INFO_LOG_SIZE, JIT_ERROR_LOG, JIT_ERROR_LOG_SIZE = 3, 4, 5, 6
 WARP_SIZE, MULTIPROCESSORS, CAPABILITY_MAJOR, CAPABILITY_MINOR = 10, 16, 75, 76  # CUdevice_attribute
+OVERLAP, OVERLAP_SINCE = 6, (12, 3)  # CUlaunchAttributeID of launches that overlap; CUDA whose graphs keep it
 PROPERTIES_BYTES = 4096  # more than any version's hipDeviceProp_t (792 in 5.2, 1472 in 7.1)
 
 
@@ -72,6 +76,9 @@ SYMBOLS: dict[str, Symbol] = {
         "hipModuleLaunchKernel",
         "cuLaunchKernel",
         (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), POINTER(c_void_p)),
+    ),
+    "launch_config": Symbol(  # from CUDA 11.8
+        "", "cuLaunchKernelEx", (c_void_p, c_void_p, c_void_p, c_void_p), required=False
     ),
     "create_stream": Symbol("hipStreamCreateWithFlags", "cuStreamCreate", (_OUT, c_uint)),
     "destroy_stream": Symbol("hipStreamDestroy", "cuStreamDestroy_v2", (c_void_p,)),
@@ -186,6 +193,8 @@ class Library:
             raise self.error(row, code, what)
 
     def error(self, row: str, code: int, what: str) -> DriverError:
+        if code in LOST:
+            what += ". The driver may refuse everything from here on: start a new process"
         return DriverError(self.symbols[row], code, self.error_name(code), what)
 
     def error_name(self, code: int) -> str:

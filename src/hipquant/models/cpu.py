@@ -142,7 +142,7 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         self.logits = device.allocate(4 * s.n_vocab * MAX_CAPTURED, "logits")
 
     def embed(self, n: int) -> None:
-        super().embed(n)
+        self.branched = False  # whether there is a branch that the next norm adds to the residual stream
         get_rows, k = wiring.find("get_rows", self.embedding_type), self.sizes.n_embd
         row_bytes = self.embedding_type.row_bytes(k)
         self.kernels(get_rows, get_rows.grid(nids=n, k=k), self.embedding, self.tokens, self.x, k, row_bytes)

@@ -1,187 +1,33 @@
-"""Models on a GPU: the file's own blocks in its memory, activations as q8_1, a captured graph for each short pass."""
+"""Models on a GPU: weights and activations in planes, products that finish each other's work, a captured graph for each
+short pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from .. import wiring
-from ..codeobjects import ENGINE, QUANTIZED
-from ..driver import Buffer, Device, gpu
+from ..driver import Buffer, gpu
 from ..errors import OutOfDeviceMemoryError
-from ..gguf_file import GGUFFile, TensorInfo
-from ..quants import FLOAT_TYPES, Q8_1, QuantType, padded
-from ..wiring import MAX_BATCH
-from .layers import MAX_CAPTURED, PART, Blocks, Bytes, Floats, Kernels, Layer, Matrix, Sizes, Weights
+from ..quants import FLOAT_TYPES, UNIT, activation_bytes, padded, plane_units
+from ..sampling import SAMPLES, STATE_WORDS, work_words
+from .gpu_weights import Activations, GpuWeights, Products, Then, ThenKind, aligned
+from .layers import MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Sizes
 
-ALIGNMENT = 256  # of a tensor, of a part of the blocks' memory
 CHUNK = 512  # tokens of one forward pass
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 64  # of the positions of a sequence
 BLOCKS_TO_UNIT = 2  # attention blocks that there shall be for a compute unit in a short pass
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-class Activations:
-    """Columns of k activations: as q8_1 for quantized weights, as floats for float ones."""
-
-    def __init__(self, k: int, q8_1: Buffer, floats: Buffer) -> None:
-        self.k, self.n_padded, self.q8_1, self.floats = k, padded(k), q8_1, floats
-
-    def of(self, quantized: bool, first: int) -> int:
-        """The address of a column."""
-        if quantized:
-            return self.q8_1.address + first * Q8_1.row_bytes(self.n_padded)
-        return self.floats.address + 4 * self.k * first
-
-
-@dataclass
-class Run:
-    """Rows of one type that lie side by side: one product. They are rows `at` and on of the result."""
-
-    type: QuantType
-    rows: int
-    at: int
-    weights: Buffer
-
-    @property
-    def quantized(self) -> bool:
-        return self.type not in FLOAT_TYPES
-
-
-class Products:
-    """Matrices on the same k activations, as one with `rows` rows: launched as few times as their types allow."""
-
-    def __init__(self, kernels: Kernels, k: int, runs: list[Run], biases: list[tuple[int, int, Buffer]]) -> None:
-        self.kernels, self.k, self.runs, self.biases = kernels, k, runs, biases
-        self.rows = sum(run.rows for run in runs)
-
-    def wants(self, x: Activations) -> tuple[Buffer | None, Buffer | None]:
-        """Where their activations must be made: as floats, as q8_1, or both."""
-        float_ones = any(not run.quantized for run in self.runs)
-        return x.floats if float_ones else None, x.q8_1 if any(run.quantized for run in self.runs) else None
-
-    def __call__(self, x: Activations, dst: Buffer, n: int, first: int = 0) -> None:
-        """dst[n][rows] = columns `first` and on of x times the weights, plus the biases."""
-        for run in self.runs:
-            y, to = x.of(run.quantized, first), dst.address + 4 * run.at
-            if not run.quantized:
-                kernel = wiring.find("mul_mat_vec_float", run.type)
-                grid = kernel.grid(nrows=run.rows, ncols=n)
-                self.kernels(kernel, grid, run.weights, y, to, self.k, run.rows, n, self.rows)
-            elif n <= MAX_BATCH:
-                kernel = wiring.find("mul_mat_vec", run.type, batch=n)
-                grid = kernel.grid(nrows=run.rows)
-                self.kernels(kernel, grid, run.weights, y, to, self.k, run.rows, x.n_padded, self.rows)
-            else:
-                kernel = wiring.find("mul_mat", run.type)
-                grid = kernel.grid(nrows=run.rows, ncols=n)
-                self.kernels(kernel, grid, run.weights, y, to, self.k, run.rows, n, x.n_padded, self.rows)
-        add = wiring.kernel("add_bias_rows_f32")
-        for at, rows, bias in self.biases:
-            self.kernels(add, add.grid(n=rows, rows=n), dst.address + 4 * at, bias, rows, self.rows)
-
-
-class GpuWeights(Weights[Products]):
-    """Weights in a GPU's memory, in one place, each tensor once, copied through pinned memory."""
-
-    def __init__(self, file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None = None) -> None:
-        for code_object in (QUANTIZED, ENGINE):  # what is missing is said now, not at the first launch
-            device.load(code_object)
-        super().__init__(file, device, progress)
-        self._place: Buffer | None = None
-        self._used = 0
-        self._there: dict[str, Buffer] = {}
-        self._pinned: list[Bytes] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that all tensors of the file take on the device."""
-        return sum(_aligned(t.nbytes) for t in self.file.tensors.values())
-
-    def blocks(self, sizes: Sizes, embedding: str, output: str, sequences: int, context: int) -> GpuBlocks:
-        return GpuBlocks(self, sizes, embedding, output, sequences, context)
-
-    def embedding(self, name: str, rows: int, k: int) -> Buffer:
-        return self._upload([self.info(name, (rows, k))])
-
-    def products(self, k: int, *matrices: Matrix) -> Products:
-        runs: list[Run] = []
-        biases: list[tuple[int, int, Buffer]] = []
-        infos, at = [self.info(m.name, (m.rows, k)) for m in matrices], 0
-        for alike in _alike(infos):
-            rows = sum(info.shape[0] for info in alike)
-            runs.append(Run(alike[0].type, rows, at, self._upload(alike)))
-            self.memory += runs[-1].weights.nbytes
-            at += rows
-        at = 0
-        for matrix in matrices:
-            bias = self.optional_vector(matrix.bias, matrix.rows) if matrix.bias else None
-            if bias is not None:
-                biases.append((at, matrix.rows, bias))
-            at += matrix.rows
-        return Products(self.kernels, k, runs, biases)
-
-    def finish(self) -> None:
-        self._pinned.clear()
-
-    def reserve(self) -> None:
-        """Takes the place for all weights."""
-        self._place = self.device.allocate(self.nbytes, f"the weights of {self.file.path.name}")
-
-    def _upload(self, infos: list[TensorInfo]) -> Buffer:
-        """Tensors one behind the other; once, where an embedding is also the output."""
-        names = " ".join(info.name for info in infos)
-        if names not in self._there:
-            if self._place is None:
-                self.reserve()
-            assert self._place is not None
-            start, nbytes = self._used, sum(info.nbytes for info in infos)
-            self._used += _aligned(nbytes)
-            for info in infos:
-                self._check_type(info)
-                self._copy(info, self._place.view(start, info.nbytes))
-                start += info.nbytes
-            self._there[names] = self._place.view(start - nbytes, nbytes)
-        return self._there[names]
-
-    def _copy(self, info: TensorInfo, to: Buffer) -> None:
-        """Through two pieces of pinned memory in turn: one is filled while the other is on its way."""
-        stream, row_bytes = self.kernels.stream, info.type.row_bytes(info.shape[-1])
-        if not self._pinned:
-            self._pinned = [self.device.allocate_host(PART) for _ in range(2)]
-        for i, (first, _, part) in enumerate(self._checked_parts(info, max(1, PART // row_bytes), info.shape[-1])):
-            if part.nbytes > PART:
-                raise OutOfDeviceMemoryError(part.nbytes, PART, f"a row of tensor {info.name!r} in pinned memory")
-            pinned = self._pinned[i % 2][: part.nbytes]
-            pinned[:] = part
-            stream.synchronize()  # the piece before has arrived
-            to.write_async(pinned, stream, first * row_bytes)
-            self._count(part.nbytes, 0)
-        stream.synchronize()
-
-
-def _alike(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
-    """Neighbours of one type, which are multiplied in one launch."""
-    group: list[TensorInfo] = []
-    for info in infos:
-        if group and group[0].type is not info.type:
-            yield group
-            group = []
-        group.append(info)
-    yield group
-
-
 class GpuBlocks(Blocks[Products]):
     """The blocks of a model on a GPU. The KV cache is halves [sequence][head][position][head_dim] for each layer.
 
-    A layer takes ten launches where the types of its queries, keys and values, and of its gate and up matrices, agree:
-    norm, QKV, RoPE and cache, attention (two), output, norm, gate and up, SiLU, down.
+    In a short pass a layer takes five launches where the types of its queries, keys and values, and of its gate and up
+    matrices, agree: QKV with RoPE and the cache, attention, output with residual and norm, gate and up with SiLU, down
+    with residual and the next norm. A long pass takes ten.
     """
 
     def __init__(
@@ -202,14 +48,24 @@ class GpuBlocks(Blocks[Products]):
         }
         self.keys, self.values, self.table, self.logits = (parts[k] for k in ("keys", "values", "rope", "logits"))
         self.x, self.branch, self.qkv, self.gate_up = (parts[k] for k in ("x", "branch", "qkv", "gate_up"))
-        self.partial = parts["partial"]
+        self.partial, self.squares, self.counters = (parts[k] for k in ("partial", "squares", "counters"))
         self.normed, self.attended, self.gated = (
-            Activations(k, parts[f"{name}, q8_1"], parts[f"{name}, floats"]) for name, k in self._activations(s)
+            Activations(k, parts[f"{name}, planes"], parts[f"{name}, floats"], s.eps)
+            for name, k in self._activations(s)
         )
+        self._sampling = tuple(parts[f"sampling's {name}"] for name in ("states", "tokens", "work"))
+        # What pads activations is never written; counters are 0 between launches.
+        for name in ("counters", "sampling's work", *(n for n in parts if "," in n)):
+            parts[name].fill(0, self.kernels.stream)
         self.table.write(self.rope_table)
         self._read = device.allocate_host(self.logits.nbytes).view(np.float32)
+        self.samples = device.allocate_host(4 * SAMPLES * sequences).view(np.int32).reshape(sequences, SAMPLES)
+        self._staged_sampling = device.allocate_host(4 * (STATE_WORDS + self.n_context)).view(np.int32)
         self.embedding = weights.embedding(embedding, s.n_vocab, s.n_embd)
         self.unembedding = weights.products(s.n_embd, Matrix(output, s.n_vocab))
+        self._branch: Callable[[Then], None] | None = None
+
+    device_sampling = True
 
     @staticmethod
     def _activations(s: Sizes) -> tuple[tuple[str, int], ...]:
@@ -228,10 +84,16 @@ class GpuBlocks(Blocks[Products]):
             "qkv": 4 * CHUNK * (s.n_head + 2 * s.n_head_kv) * s.head_dim,
             "gate_up": 8 * CHUNK * s.n_ff,
             "partial": 4 * splits * s.n_head * (s.head_dim + 2),
+            "squares": 4 * MAX_CAPTURED * -(-s.n_embd // 32),
+            "counters": 4 * max(-(-max(s.n_embd, s.n_ff) // 32), MAX_CAPTURED * s.n_head_kv),
             "logits": 4 * MAX_CAPTURED * s.n_vocab,
+            "sampling's states": 4 * STATE_WORDS * sequences,
+            "sampling's tokens": 4 * n_context * sequences,
+            "sampling's work": 4 * MAX_CAPTURED * work_words(s.n_vocab),
         }
         for name, k in self._activations(s):
-            parts[f"{name}, q8_1"], parts[f"{name}, floats"] = CHUNK * Q8_1.row_bytes(padded(k)), 4 * CHUNK * k
+            parts[f"{name}, planes"] = CHUNK * activation_bytes(padded(k))
+            parts[f"{name}, floats"] = 4 * CHUNK * padded(k)
         return parts
 
     def _splits(self, s: Sizes, n: int) -> int:
@@ -242,7 +104,8 @@ class GpuBlocks(Blocks[Products]):
         """Before anything is allocated: does it fit?"""
 
         def asked(context: int) -> int:
-            return weights.nbytes + sum(map(_aligned, self._parts(s, sequences, -(-context // 16) * 16).values()))
+            parts = self._parts(s, sequences, -(-context // 16) * 16)
+            return weights.nbytes + weights.staging_bytes + sum(map(aligned, parts.values()))
 
         free = weights.device.free_memory
         if free is None or asked(context) <= free:
@@ -261,68 +124,136 @@ class GpuBlocks(Blocks[Products]):
         return held.reshape(n, -1).copy()
 
     def embed(self, n: int) -> None:
-        super().embed(n)
-        get_rows, k = wiring.find("get_rows", self.embedding_type), self.sizes.n_embd
-        row_bytes = self.embedding_type.row_bytes(k)
-        self.kernels(get_rows, get_rows.grid(nids=n, k=k), self.embedding, self.tokens, self.x, k, row_bytes)
+        self._branch = None
+        type, k = self.embedding_type, self.sizes.n_embd
+        if type in FLOAT_TYPES:
+            rows = wiring.find("get_rows", type)
+            row_bytes = plane_units(k) * UNIT * type.block_bytes
+            self.kernels(rows, rows.grid(nids=n, k=k), self.embedding, self.tokens, self.x, k, row_bytes)
+        else:
+            rows = wiring.find("get_rows_planes", type)
+            grid = rows.grid(nids=n, units=plane_units(k))
+            self.kernels(rows, grid, self.embedding, self.tokens, self.x, k, self.sizes.n_vocab)
 
-    def _norm(self, weight: Buffer, n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
-        """What the last branch gave is added to the residual stream on the way."""
-        kernel, s = wiring.kernel("add_rms_norm_q8_1"), self.sizes
-        branch = self.branch if self.branched else None
-        self.kernels(kernel, kernel.grid(rows=n), self.x, branch, weight, *into, s.n_embd, self.normed.n_padded, s.eps)
-        self.branched = True
+    def _norm(self, weight: Buffer, n: int, products: Products) -> None:
+        """The last branch is added to the residual stream, and normed for the products that come next."""
+        s, x = self.sizes, self.normed
+        floats, planes = products.wants(x)
+        if self._branch is not None and n <= MAX_CAPTURED:
+            x.squares = self.squares
+            norm = weight, floats, planes, self.squares, self.counters, x.n_padded
+            self._branch(Then(ThenKind.ADD_AND_NORM, s.n_embd, norm=norm))
+            return
+        residual = None
+        if self._branch is not None:
+            self._branch(Then())
+            residual = self.branch
+        x.squares, kernel = None, wiring.kernel("add_rms_norm_q8")
+        grid = kernel.grid(rows=n)
+        self.kernels(kernel, grid, self.x, residual, weight, floats, planes, s.n_embd, x.n_padded, s.eps)
+
+    def _set_branch(self, products: Products, x: Activations, n: int) -> None:
+        """What is added to the residual stream is multiplied when it is known what becomes of it."""
+
+        def launch(then: Then) -> None:
+            if n <= MAX_CAPTURED:
+                products.few(x, self.x, n, then=then)
+            else:
+                products.many(x, self.branch, n)
+
+        self._branch = launch
 
     def attention(self, layer: Layer[Products], i: int, n: int) -> None:
-        s, rope = self.sizes, wiring.kernel("rope_store_kv_f16")
-        self._norm(layer.attn_norm, n, layer.qkv.wants(self.normed))
-        layer.qkv(self.normed, self.qkv, n)
+        s = self.sizes
+        self._norm(layer.attn_norm, n, layer.qkv)
         each = self.keys.nbytes // s.n_layer
         cache = self.keys.view(i * each, each), self.values.view(i * each, each)
-        heads, tokens = (s.n_head, s.n_head_kv, s.head_dim), (self.positions, self.slots)
-        grid = rope.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
-        self.kernels(rope, grid, self.qkv, *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context)
-        attend = self._attend_short if n <= MAX_CAPTURED else self._attend_long
-        attend(cache, n, layer.attn_output.wants(self.attended))
-        layer.attn_output(self.attended, self.branch, n)
+        heads, tokens = (s.n_head, s.n_head_kv, s.head_dim), self._tokens
+        into = layer.attn_output.wants(self.attended)
+        if n <= MAX_CAPTURED:
+            rope = *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context
+            layer.qkv.few(self.normed, self.qkv, n, then=Then(ThenKind.ROPE_AND_STORE, rope=rope))
+            self._attend_few(cache, n, into)
+        else:
+            layer.qkv.many(self.normed, self.qkv, n)
+            kernel = wiring.kernel("rope_store_kv_f16")
+            grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
+            self.kernels(kernel, grid, self.qkv, *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context)
+            self._attend_many(cache, n, into)
+        self._set_branch(layer.attn_output, self.attended, n)
 
-    def _attend_short(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
+    def _attend_few(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
         """Few tokens, of any sequences."""
-        s, split, combine = self.sizes, wiring.kernel("attention_split_f16"), wiring.kernel("attention_combine_q8_1")
-        splits, n_padded, tokens = self._splits(s, n), self.attended.n_padded, (self.positions, self.slots)
+        s, y, kernel = self.sizes, self.attended, wiring.kernel("attention_decode_f16")
+        (floats, planes), splits = into, self._splits(s, n)
+        apart = s.n_head // s.n_head_kv * s.head_dim % 32 != 0  # blocks of activations straddle heads of keys
+        to = (y.floats, None) if apart else (floats, planes)
         heads, scale = (s.n_head, s.n_head_kv, s.head_dim), s.head_dim**-0.5
-        grid = split.grid(n_head_kv=s.n_head_kv, splits=splits, ntokens=n)
-        self.kernels(split, grid, self.qkv, *cache, self.partial, *tokens, *heads, self.n_context, splits, scale)
-        grid = combine.grid(n_padded=n_padded, ntokens=n)
-        self.kernels(combine, grid, self.partial, *into, s.n_head, s.head_dim, splits, n_padded)
+        grid = kernel.grid(n_head_kv=s.n_head_kv, splits=splits, ntokens=n)
+        self.kernels(kernel, grid, self.qkv, *cache, self.partial, *to, self.counters, *self._tokens, *heads,
+                     self.n_context, splits, y.n_padded, scale)  # fmt: skip
+        if apart and planes is not None:
+            self._quantize(y, n)
 
-    def _attend_long(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
+    def _attend_many(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
         """Tokens that follow each other in one sequence."""
-        s, kernel, quantize = self.sizes, wiring.kernel("attention_prefill_f16"), wiring.kernel("quantize_q8_1")
-        y, (_, q8_1), tokens = self.attended.floats, into, (self.positions, self.slots)
+        s, y, kernel = self.sizes, self.attended, wiring.kernel("attention_prefill_f16")
         heads, scale = (s.n_head, s.n_head_kv, s.head_dim), s.head_dim**-0.5
         grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
-        self.kernels(kernel, grid, self.qkv, *cache, y, *tokens, *heads, self.n_context, n, scale)
-        if q8_1 is not None:
-            grid = quantize.grid(k=self.attended.k, rows=n)
-            self.kernels(quantize, grid, y, q8_1, self.attended.k, self.attended.n_padded)
+        self.kernels(kernel, grid, self.qkv, *cache, y.floats, *self._tokens, *heads, self.n_context, n,
+                     y.n_padded, scale)  # fmt: skip
+        if into[1] is not None:
+            self._quantize(y, n)
+
+    @property
+    def _tokens(self) -> tuple[Buffer, Buffer]:
+        return self.positions, self.slots
+
+    def _quantize(self, x: Activations, n: int) -> None:
+        kernel = wiring.kernel("quantize_q8")
+        self.kernels(kernel, kernel.grid(n_padded=x.n_padded, rows=n), x.floats, x.planes, x.n_padded)
 
     def feed_forward(self, layer: Layer[Products], n: int) -> None:
-        s, silu, n_padded = self.sizes, wiring.kernel("silu_mul_q8_1"), self.gated.n_padded
-        self._norm(layer.ffn_norm, n, layer.gate_up.wants(self.normed))
-        layer.gate_up(self.normed, self.gate_up, n)
-        into = layer.down.wants(self.gated)
-        self.kernels(silu, silu.grid(n_padded=n_padded, rows=n), self.gate_up, *into, s.n_ff, n_padded)
-        layer.down(self.gated, self.branch, n)
+        s, x = self.sizes, self.gated
+        self._norm(layer.ffn_norm, n, layer.gate_up)
+        floats, planes = layer.down.wants(x)
+        if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1:
+            norm = None, None, planes, None, self.counters, x.n_padded
+            layer.gate_up.few(self.normed, x.floats, n, then=Then(ThenKind.GATE, x.n_padded, norm=norm))
+        else:
+            (layer.gate_up.few if n <= MAX_CAPTURED else layer.gate_up.many)(self.normed, self.gate_up, n)
+            silu = wiring.kernel("silu_mul_q8")
+            grid = silu.grid(n_padded=x.n_padded, rows=n)
+            self.kernels(silu, grid, self.gate_up, floats, planes, s.n_ff, x.n_padded)
+        self._set_branch(layer.down, x, n)
 
     def finish(self, norm: Buffer, n: int) -> None:
-        self._norm(norm, n, self.unembedding.wants(self.normed))
+        self._norm(norm, n, self.unembedding)
+        self._branch = None
 
     def output(self, first: int, n: int) -> None:
-        self.unembedding(self.normed, self.logits, n, first)
+        self.unembedding.few(self.normed, self.logits, n, first)
 
     def read_output(self, first: int, logits: Floats) -> None:
         for at in range(0, len(logits), MAX_CAPTURED):
             n = min(MAX_CAPTURED, len(logits) - at)
             self.output(first + at, n)
             logits[at : at + n] = self.read_logits(n)
+
+    def set_sampling(
+        self, slot: int, state: npt.NDArray[np.uint32], recent: npt.NDArray[np.int32], first: int
+    ) -> None:
+        (states, tokens, _), stream, n = self._sampling, self.kernels.stream, len(recent)
+        stream.synchronize()
+        staged = self._staged_sampling[: STATE_WORDS + n]
+        staged[:STATE_WORDS], staged[STATE_WORDS:] = state.view(np.int32), recent
+        states.write_async(staged[:STATE_WORDS], stream, 4 * STATE_WORDS * slot)
+        tokens.write_async(staged[STATE_WORDS:], stream, 4 * (self.n_context * slot + first))
+
+    def sample(self, n: int) -> None:
+        # Pinned memory has one address for the host and the device.
+        n_vocab, outputs = self.sizes.n_vocab, (self.tokens, self.positions, self.samples.ctypes.data)
+        for name, to in (("sample_best_f32", ()), ("sample_bins_f32", ()), ("sample_draw_f32", outputs)):
+            kernel = wiring.kernel(name)
+            grid = kernel.grid(n=n_vocab, rows=n)
+            self.kernels(kernel, grid, self.logits, self.slots, *self._sampling, *to, n_vocab, self.n_context)

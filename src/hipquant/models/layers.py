@@ -36,7 +36,7 @@ class Kernels:
         if function is None:
             code_object = ENGINE if kernel.silicon == "gpu" else QUANTIZED
             function = self._functions[kernel.name] = self.device.get_or_load_func(kernel.name, code_object)
-        function.launch(grid, kernel.block, 0, self.stream, params)
+        function.launch(grid, kernel.block, 0, self.stream, params, overlap=kernel.overlaps)
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class Blocks(ABC, Generic[L]):
     """
 
     logits: Buffer  # of the last step: n_vocab floats for each of at most `MAX_CAPTURED` tokens
+    device_sampling = False  # whether tokens are drawn where the logits are, by `sample`
+    samples: npt.NDArray[np.int32]  # [sequences, 4]: where a token drawn for position p arrives, at p % 4
 
     def __init__(
         self, weights: Weights[L], sizes: Sizes, embedding: str, chunk: int, sequences: int, context: int
@@ -98,7 +100,6 @@ class Blocks(ABC, Generic[L]):
         inputs = weights.device.allocate(12 * chunk, "tokens")
         self._inputs, self._staged = inputs, weights.device.allocate_host(12 * chunk).view(np.int32).reshape(3, chunk)
         self.tokens, self.positions, self.slots = (inputs.view(4 * chunk * i, 4 * chunk) for i in range(3))
-        self.branched = False
 
     def put(self, *inputs: npt.NDArray[np.integer]) -> None:
         """Token ids, positions and sequences of a pass. Waits until those of the pass before are copied."""
@@ -114,9 +115,19 @@ class Blocks(ABC, Generic[L]):
         self.kernels.stream.synchronize()
         return logits
 
+    def set_sampling(
+        self, slot: int, state: npt.NDArray[np.uint32], recent: npt.NDArray[np.int32], first: int
+    ) -> None:
+        """How `sample` draws for a sequence from here on (`sampling.state`), and its tokens from position `first` on."""
+        raise NotImplementedError
+
+    def sample(self, n: int) -> None:
+        """Draws a token for each of the first n rows of `logits`: the inputs of the next pass, and `samples`."""
+        raise NotImplementedError
+
+    @abstractmethod
     def embed(self, n: int) -> None:
         """Rows of the embedding: the residual stream begins."""
-        self.branched = False  # whether there is a branch that the next norm adds to it
 
     @abstractmethod
     def attention(self, layer: Layer[L], i: int, n: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..driver import Device, Graph
+from ..driver import Device, Event, Graph
 from ..errors import ContextLengthError, TokenizerError
 from ..gguf_file import GGUFFile, StringArray
 from .layers import MAX_CAPTURED, Blocks, Floats, Weights
 
 if TYPE_CHECKING:
     from ..generate import Generation
-    from ..sampling import SamplingParams
+    from ..sampling import Sampler, SamplingParams
     from ..tokenizer import Tokenizer
 
 
@@ -26,9 +27,29 @@ def open_weights(file: GGUFFile, device: Device, progress: Callable[[int, int], 
         from .cpu import CpuWeights
 
         return CpuWeights(file, device, progress)
-    from .gpu import GpuWeights
+    from .gpu_weights import GpuWeights
 
     return GpuWeights(file, device, progress)
+
+
+class Drawing:
+    """A token that the device draws for `position` of a sequence; `Model.drawn` gives it."""
+
+    _marks = itertools.count(-1, -1)
+
+    def __init__(self, sequence: int, position: int, begun: Event | None, done: Event) -> None:
+        self.sequence, self.position = sequence, position
+        self.token: int | None = None  # not read yet; negative: ~ of the first logit that cannot be used
+        self.mark = next(self._marks)  # stands for the token in the cache's list as long as it is not known
+        self._begun, self._done = begun, done
+
+    def wait(self) -> None:
+        self._done.synchronize()
+
+    @property
+    def seconds(self) -> float:
+        """What the device took for the pass, once it is done; 0 for the first token after others."""
+        return self._done.elapsed(self._begun) if self._begun is not None else 0.0
 
 
 class Model:
@@ -41,8 +62,10 @@ class Model:
         self.file, self.device, self.kernels = weights.file, weights.device, weights.kernels
         self.blocks, self._weights = blocks, weights
         self.n_vocab, self.context, self.sequences = blocks.sizes.n_vocab, context, sequences
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        self._seen: set[tuple[int, int]] = set()
+        self._graphs: dict[tuple[int, int, bool], Graph] = {}
+        self._seen: set[tuple[int, int, bool]] = set()
+        self._last_drawing: Drawing | None = None  # whose token lies in the input buffers
+        self._unread: list[list[Drawing]] = [[] for _ in range(sequences)]
         self._cached: list[list[int]] = [[] for _ in range(sequences)]
         self._busy: set[int] = set()
         self._lock = threading.RLock()
@@ -56,6 +79,11 @@ class Model:
     def weights_bytes(self) -> int:
         """Bytes of weights that a pass reads: all but an embedding of which only rows are taken."""
         return self._weights.memory
+
+    @property
+    def device_sampling(self) -> bool:
+        """Whether tokens are drawn where the logits are, by `draw`; on the CPU they are drawn by `Sampler`."""
+        return self.blocks.device_sampling
 
     @property
     def name(self) -> str:
@@ -76,7 +104,8 @@ class Model:
 
     def cached(self, sequence: int = 0) -> list[int]:
         """The tokens of a sequence whose keys and values are in the cache."""
-        return list(self._cached[self._checked_sequence(sequence)])
+        held = self._cached[self._checked_sequence(sequence)]
+        return list(itertools.takewhile(lambda token: token >= 0, held))
 
     def _checked_sequence(self, sequence: int) -> int:
         if not 0 <= sequence < self.sequences:
@@ -115,27 +144,42 @@ class Model:
                 raise ValueError(
                     f"position must be from 0 to {held}, the tokens that sequence {slot} holds, not {position}"
                 )
-            if position + len(ids) > self.context:
-                raise ContextLengthError(
-                    f"{position + len(ids)} tokens do not fit into the context of {self.context}; "
-                    "load the model with a larger context or shorten the text"
-                )
-            del self._cached[slot][position:]
             every = np.empty((len(ids), self.n_vocab), np.float32) if logits == "all" else None
-            chunk = self.blocks.chunk
-            for at in range(0, len(ids), chunk):
-                part = ids[at : at + chunk]
-                last = at + len(part) == len(ids)
-                self.blocks.put(part, np.arange(position + at, position + at + len(part)), np.full(len(part), slot))
-                if every is not None:
-                    self._step(len(part))
-                    self.blocks.read_output(0, every[at : at + len(part)])
-                else:
-                    self._run(len(part), 1 if last else 0)
-                self._cached[slot].extend(part.tolist())
-                if progress is not None:
-                    progress(at + len(part), len(ids))
+            self._compute(ids, position, slot, every, progress)
             return every if every is not None else self.blocks.read_logits(1)[0]
+
+    def _compute(
+        self,
+        ids: npt.NDArray[np.int64],
+        position: int,
+        slot: int,
+        every: Floats | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Passes over tokens that stand at `position`: logits of all of them into `every`, or of the last one."""
+        if position + len(ids) > self.context:
+            raise ContextLengthError(
+                f"{position + len(ids)} tokens do not fit into the context of {self.context}; "
+                "load the model with a larger context or shorten the text"
+            )
+        del self._cached[slot][position:]
+        chunk = self.blocks.chunk
+        for at in range(0, len(ids), chunk):
+            part = ids[at : at + chunk]
+            last = at + len(part) == len(ids)
+            self._put(part, np.arange(position + at, position + at + len(part)), np.full(len(part), slot))
+            if every is not None:
+                self._step(len(part))
+                self.blocks.read_output(0, every[at : at + len(part)])
+            else:
+                self._run(len(part), 1 if last else 0)
+            self._cached[slot].extend(part.tolist())
+            if progress is not None:
+                progress(at + len(part), len(ids))
+
+    def _put(self, *inputs: npt.NDArray[np.integer]) -> None:
+        self._last_drawing = None
+        self.blocks.put(*inputs)
 
     def forward_batch(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> Floats:
         """One next token for each of several sequences in one pass: logits [n, n_vocab].
@@ -152,30 +196,35 @@ class Model:
                     raise ValueError(f"sequence {sequence} holds {held} tokens, its next position is not {position}")
                 if position >= self.context:
                     raise ContextLengthError(f"sequence {sequence} has filled the context of {self.context}")
-            self.blocks.put(ids, np.asarray(positions), np.asarray(sequences))
+            self._put(ids, np.asarray(positions), np.asarray(sequences))
             self._run(n, n)
             for token, sequence in zip(ids.tolist(), sequences, strict=True):
                 self._cached[sequence].append(token)
             return self.blocks.read_logits(n)
 
-    def _run(self, n: int, n_logits: int) -> None:
-        """A pass over n tokens with logits of the last `n_logits`; short passes are captured once and replayed."""
-        key = n, n_logits
+    def _run(self, n: int, n_logits: int, draw: bool = False) -> None:
+        """A pass over n tokens with logits of the last `n_logits`, from which it may draw tokens.
+
+        Short passes are captured once and replayed.
+        """
+        key = n, n_logits, draw
         if key in self._graphs:
             self._graphs[key].launch(self.kernels.stream)
         elif n > MAX_CAPTURED or key not in self._seen:  # the first of its kind loads what it needs, not captured
-            self._launch(n, n_logits)
+            self._launch(*key)
             self._seen.add(key)
         else:
             with self.kernels.stream.capture() as graph:
-                self._launch(n, n_logits)
+                self._launch(*key)
             self._graphs[key] = graph
             graph.launch(self.kernels.stream)
 
-    def _launch(self, n: int, n_logits: int) -> None:
+    def _launch(self, n: int, n_logits: int, draw: bool) -> None:
         self._step(n)
         if n_logits:
             self.blocks.output(n - n_logits, n_logits)
+        if draw:
+            self.blocks.sample(n_logits)
 
     def extend(
         self, tokens: Sequence[int], sequence: int = 0, progress: Callable[[int, int], None] | None = None
@@ -185,11 +234,84 @@ class Model:
         What the cache already holds of their beginning is not computed again.
         """
         with self._lock:
-            held = self._cached[self._checked_sequence(sequence)]
-            same = common_prefix(held, tokens)
-            same = min(same, len(tokens) - 1)
+            same = self._common_prefix(tokens, sequence)
             logits = self.forward(tokens[same:], same, sequence=sequence, progress=progress)
             return logits, len(tokens) - same
+
+    def _common_prefix(self, tokens: Sequence[int], sequence: int) -> int:
+        """How many of tokens need not be computed; the last one must be, for its logits."""
+        return min(common_prefix(self._cached[self._checked_sequence(sequence)], tokens), len(tokens) - 1)
+
+    def draw(
+        self,
+        tokens: Sequence[int],
+        sampler: Sampler,
+        sequence: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> tuple[Drawing, int]:
+        """As `extend`, but the token after `tokens` is drawn on the device, where `device_sampling` is true.
+
+        Returns when it is launched.
+        """
+        from ..sampling import state
+
+        with self._lock:
+            for drawing in self._unread[self._checked_sequence(sequence)]:  # its place is taken by what comes
+                drawing.wait()
+            self._read(sequence)
+            same, position = self._common_prefix(tokens, sequence), len(tokens)
+            first = max(0, position - sampler.params.repetition_window)
+            recent = np.asarray(tokens[first:], np.int32)
+            self.blocks.set_sampling(sequence, state(sampler, position, self.n_vocab), recent, first)
+            self._compute(self._checked_tokens(tokens[same:]), same, sequence, None, progress)
+            self.blocks.sample(1)
+            return self._note(sequence, position, sampler, None), position - same
+
+    def draw_ahead(self, last: Drawing, sampler: Sampler) -> Drawing | None:
+        """The token after one that need not be known yet, in one launch.
+
+        None where others have used the device since: then the token is read, and `draw` begins anew.
+        """
+        with self._lock:
+            if last is not self._last_drawing or last.position >= self.context:
+                return None
+            self._last_drawing, begun = None, Event()
+            begun.record(self.kernels.stream)
+            self._run(1, 1, draw=True)
+            self._cached[last.sequence].append(last.mark if last.token is None else last.token)
+            return self._note(last.sequence, last.position + 1, sampler, begun)
+
+    def _note(self, sequence: int, position: int, sampler: Sampler, begun: Event | None) -> Drawing:
+        sampler.draws += 1
+        done = Event()
+        done.record(self.kernels.stream)
+        drawing = self._last_drawing = Drawing(sequence, position, begun, done)
+        self._unread[sequence].append(drawing)
+        return drawing
+
+    def drawn(self, drawing: Drawing) -> int:
+        """The token, as soon as it is there. Raises ValueError where logits were NaN or infinite."""
+        from ..sampling import unusable_logits
+
+        drawing.wait()
+        with self._lock:
+            self._read(drawing.sequence, drawing)
+        assert drawing.token is not None
+        if drawing.token < 0:
+            raise unusable_logits(~drawing.token)
+        return drawing.token
+
+    def _read(self, sequence: int, last: Drawing | None = None) -> None:
+        """Takes the tokens of a sequence that are there, up to that of `last`, out of the device's hands."""
+        from ..sampling import SAMPLES
+
+        unread, cached = self._unread[sequence], self._cached[sequence]
+        while unread and (last is None or last.token is None):
+            drawing = unread.pop(0)
+            drawing.token = int(self.blocks.samples[sequence, drawing.position % SAMPLES])
+            at = drawing.position
+            if drawing.token >= 0 and at < len(cached) and cached[at] == drawing.mark:
+                cached[at] = drawing.token
 
     def reserve(self, tokens: Sequence[int]) -> int | None:
         """A sequence that nobody generates on, whose cache begins most like `tokens`; None if all are used."""

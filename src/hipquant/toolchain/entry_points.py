@@ -38,6 +38,7 @@ def gpu_header(which: str = "hip") -> str:
 
     includes = "".join(f'#include "quants/{t.suffix}.h"\n' for t in DEQUANTIZE_TYPES)
     tiles = (f"{t.suffix}, {t.name}, {t.tile[0]}, {t.tile[1]}" for t in WEIGHT_TYPES if t.tile)
+    planes = (f"{t.suffix}, {t.name}" for t in WEIGHT_TYPES)
     dequantize_mat_vec = (f"{names[find('dequantize_mul_mat_vec', t).name]}, {t.name}" for t in WEIGHT_TYPES)
     return (
         f"// Generated from quants.py and wiring.py, name profile {which}.\n#pragma once\n"
@@ -46,6 +47,7 @@ def gpu_header(which: str = "hip") -> str:
         + _rows("HQ_DEQUANTIZE_MAT_VEC", dequantize_mat_vec)
         + _rows("HQ_MAT_VEC", mat_vec())
         + _rows("HQ_TILES", tiles)
+        + _rows("HQ_PLANES", planes)
         + _rows("HQ_GET_ROWS_WEIGHTS", get_rows(WEIGHT_TYPES))
         + _rows("HQ_GET_ROWS_FLOATS", get_rows(FLOAT_TYPES))
     )

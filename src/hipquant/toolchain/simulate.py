@@ -36,7 +36,7 @@ from .entry_points import gpu_header
 
 RUNNER = gpu.SOURCES / "simulate.cpp"
 TIMEOUT = 120.0  # seconds that one launch may take
-NAME_BYTES, MAX_PARAMS, SAID_BYTES = 128, 16, 1024
+NAME_BYTES, MAX_PARAMS, SAID_BYTES = 128, 32, 1024
 # Quick to build: -O1, checks as calls, and no indvars, which takes most of the time of mat_vec.hip (clang 22).
 SANITIZE = (
     "-O1 -gline-tables-only -fsanitize=address,undefined -fno-sanitize=function,vptr -fno-sanitize-recover=all"
@@ -72,14 +72,15 @@ def build(
     sanitize: bool = False,
     sources: Path | Sequence[Path] | None = None,
     *,
-    matrix_units: bool = False,
+    matrix_units: int = 0,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Simulator:
     """A simulator of a GPU with waves of 32 or 64 lanes, of the package's kernels or of a user's.
 
     `sources` is a folder of .hip files, or files; `matrix_units` chooses the way through them where the sources have
-    two. What is up to date in `folder` (default: the user's cache) is not built again. Raises `CompileError`.
+    several: 1 is NVIDIA's, 16, 8 and 4 are those of RDNA3, RDNA4 and CDNA. What is up to date in `folder` (default: the
+    user's cache) is not built again. Raises `CompileError`.
     """
     if wave not in (32, 64):
         raise ValueError(f"a wave has 32 or 64 lanes, not {wave}")
@@ -107,7 +108,7 @@ def _files(sources: Path | Sequence[Path] | None) -> list[Path]:
 class _Plan:
     """How one simulator is built: a part for each source and one that runs them."""
 
-    def __init__(self, sources: Sequence[Path], sanitize: bool, matrix_units: bool) -> None:
+    def __init__(self, sources: Sequence[Path], sanitize: bool, matrix_units: int) -> None:
         self.sources, self.sanitize = sources, sanitize
         machine = host_machine()
         if machine not in _EMULATION:

@@ -61,6 +61,21 @@ HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
 #endif
 }
 
+// v, of which the compiler knows nothing: what is chosen by it does not become a branch around a copy of the loop.
+HQ_INLINE uint32_t opaque(uint32_t v) {
+    asm("" : "+v"(v));
+    return v;
+}
+
+HQ_INLINE uint8_t* opaque(uint8_t* p) {
+    asm("" : "+v"(p));
+    return p;
+}
+// v, computed here: not later, where the compiler would sink it to, with what it is made of in registers.
+HQ_INLINE float computed_here(float v) {
+    asm volatile("" : "+v"(v));
+    return v;
+}
 // Memory accesses behind are not moved before.
 HQ_INLINE void keep_order() {
     asm volatile("" ::: "memory");
@@ -83,6 +98,19 @@ HQ_INLINE float exp2_approximate(float v) { return __builtin_amdgcn_exp2f(v); }
 HQ_INLINE float exp2_approximate(float v) { return __builtin_exp2f(v); }  // one instruction, and care for small results
 #endif
 HQ_INLINE float square_root(float v) { return __builtin_amdgcn_sqrtf(v); }
+
+// The low halves of a and b in one word, or the high ones.
+HQ_INLINE uint32_t halves_of(uint32_t a, uint32_t b, bool high) {
+    return __builtin_amdgcn_perm(b, a, high ? 0x07060302 : 0x05040100);
+}
+
+// A byte of a word.
+HQ_INLINE int byte_at(uint32_t v, int i) { return (int)(v >> 8 * i & 0xFF); }
+HQ_INLINE int signed_byte_at(uint32_t v, int i) { return (int8_t)(v >> 8 * i); }
+// c + two int16 times bytes 2 * pair and the next.
+HQ_INLINE int dot2(uint32_t halves, uint32_t bytes, int pair, int c) {
+    return c + (int16_t)halves * byte_at(bytes, 2 * pair) + ((int)halves >> 16) * byte_at(bytes, 2 * pair + 1);
+}
 
 // Bytes 2 to 5 of a | b << 32.
 HQ_INLINE uint32_t middle(uint32_t a, uint32_t b) { return __builtin_amdgcn_alignbit(b, a, 16); }
@@ -123,4 +151,81 @@ HQ_INLINE uint32_t load4(const void* p) { return load_vectors<4, 2>(p).w[0]; }
 // N bytes to memory aligned to kAlign.
 template <int kAlign, int N> HQ_INLINE void store(void* p, const Words<N>& v) {
     __builtin_memcpy(__builtin_assume_aligned(p, kAlign), v.w, N);
+}
+
+// N bytes aligned to N; weights, which are read once, and anything.
+template <int N> HQ_INLINE Words<N> load_vector(const void* p) { return load_vectors<N, N>(p); }
+template <int N> HQ_INLINE Words<N> load_stream(const void* p) { return load_vectors<N, N>(p); }
+HQ_INLINE uint32_t load_stream_half(const void* p) { return *(const uint16_t*)p; }
+template <int N> HQ_INLINE void store_vector(void* p, const Words<N>& v) { store<N>(p, v); }
+
+// Kernels of a stream run one after the other.
+HQ_INLINE void wait_for_inputs() {}
+HQ_INLINE void let_next_begin() {}
+
+// What this thread has written is seen by who learns of it; and what others have written by this thread.
+HQ_INLINE void fence_release() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
+HQ_INLINE void fence_acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
+HQ_INLINE int add_atomic(int* p, int v) {
+    return __hip_atomic_fetch_add(p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+
+#define HQ_WARPGROUPS 0  // mat_mat_planes.hip: begin_products()
+
+// N bytes of shared memory, aligned to kAlign.
+template <int N, int kAlign> HQ_INLINE Words<N> load_shared(const void* p) { return load_vectors<N, kAlign>(p); }
+
+// Matrix units: c (16 x 16 floats) += a (16 x 16 halves) * b (16 x 16 halves), by kLanes lanes that come together. Of a,
+// a lane has row(lane), of b column lane % 16, kDepth halves of each from kDepth (lane / 16) % 16 on; of this column of
+// c, 256 / kLanes rows from 256 / kLanes (lane / 16) on.
+#if defined(__GFX11__)
+#define HQ_MATRIX_TILES 1
+struct MatrixTiles {
+    typedef float Sums __attribute__((ext_vector_type(8)));
+    typedef _Float16 Halves __attribute__((ext_vector_type(16)));
+    static constexpr int kLanes = 32, kDepth = 16;
+    // Of c, the lower lanes get the even rows, and the upper ones the odd rows.
+    HQ_MEMBER static int row(int lane) { return lane % 2 * 8 + lane % 16 / 2; }
+    HQ_MEMBER static Sums product(Halves a, Halves b, Sums c) {
+        return __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(a, b, c);
+    }
+};
+#elif defined(__GFX12__) && !defined(__gfx1250__)
+#define HQ_MATRIX_TILES 1
+struct MatrixTiles {
+    typedef float Sums __attribute__((ext_vector_type(8)));
+    typedef _Float16 Halves __attribute__((ext_vector_type(8)));
+    static constexpr int kLanes = 32, kDepth = 8;
+    HQ_MEMBER static int row(int lane) { return lane % 16; }
+    HQ_MEMBER static Sums product(Halves a, Halves b, Sums c) {
+        return __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(a, b, c);
+    }
+};
+#elif defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx942__) || defined(__gfx950__) || \
+    defined(__gfx9_4_generic__)
+#define HQ_MATRIX_TILES 1
+struct MatrixTiles {
+    typedef float Sums __attribute__((ext_vector_type(4)));
+    typedef _Float16 Halves __attribute__((ext_vector_type(4)));
+    static constexpr int kLanes = 64, kDepth = 4;
+    HQ_MEMBER static int row(int lane) { return lane % 16; }
+    HQ_MEMBER static Sums product(Halves a, Halves b, Sums c) {
+        return __builtin_amdgcn_mfma_f32_16x16x16f16(a, b, c, 0, 0, 0);
+    }
+    // The value of the same lane of the wave's other team.
+    HQ_MEMBER static int other_team(int v) {
+        const int lane = (int)__builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0u));
+        return __builtin_amdgcn_ds_bpermute((lane ^ 32) << 2, v);
+    }
+};
+#else
+#define HQ_MATRIX_TILES 0
+#endif
+template <class Tiles>
+HQ_INLINE void multiply_tiles(float* c, const Words<2 * Tiles::kDepth>& a, const Words<2 * Tiles::kDepth>& b) {
+    using Halves = typename Tiles::Halves;
+    typename Tiles::Sums sums;
+    __builtin_memcpy(&sums, c, sizeof sums);
+    sums = Tiles::product(__builtin_bit_cast(Halves, a), __builtin_bit_cast(Halves, b), sums);
+    __builtin_memcpy(c, &sums, sizeof sums);
 }

@@ -11,8 +11,9 @@
 //   word(unit, s, i)              weights 4i to 4i + 3 of a strip, as those of a block
 //   d(unit), dmin(unit)           float scales of a unit; and where kSub:
 //   sub_scale, sub_minimum        what they are multiplied by for a strip
+//   Planes                        how the engine keeps it (planes.h)
 #pragma once
-#include "device.h"
+#include "planes.h"
 
 // | d half | s half | qs int8[32] |: x = d q, s = the sum of the 32 x. Aligned to 4 bytes.
 struct q8_1 {

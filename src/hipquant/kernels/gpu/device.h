@@ -5,6 +5,7 @@
 
 typedef __INT8_TYPE__ int8_t;
 typedef __UINT8_TYPE__ uint8_t;
+typedef __INT16_TYPE__ int16_t;
 typedef __UINT16_TYPE__ uint16_t;
 typedef __INT32_TYPE__ int32_t;
 typedef __UINT32_TYPE__ uint32_t;
@@ -106,4 +107,21 @@ template <int kSums> HQ_INLINE int team_sums(float* v) {
     exchange_sums<2, 2, k8>(v, which, spare);
     exchange_sums<1, 1, k16>(v, which, spare);
     return spare ? -1 : which;
+}
+
+// Whether this block is the last one of `of` to come here; its threads then see what all of them have written. All
+// threads come here. `counter` is 0 before and after; `last` lies in shared memory.
+HQ_INLINE bool is_last_block(int* counter, int of, int* last) {
+    fence_release();  // in each thread: on AMD a barrier orders shared memory alone
+    barrier();
+    if (of > 1) {
+        if (thread_x() == 0 && thread_y() == 0) {
+            *last = add_atomic(counter, 1) == of - 1;
+            if (*last) *counter = 0;
+        }
+        barrier();
+        if (!*last) return false;
+    }
+    fence_acquire();
+    return true;
 }

@@ -38,6 +38,18 @@ HQ_INLINE int dot4_unsigned(uint32_t a, uint32_t b, int c) {
     asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
+HQ_INLINE uint32_t opaque(uint32_t v) {
+    asm("" : "+r"(v));
+    return v;
+}
+HQ_INLINE uint8_t* opaque(uint8_t* p) {
+    asm("" : "+l"(p));
+    return p;
+}
+HQ_INLINE float computed_here(float v) {
+    asm volatile("" : "+f"(v));
+    return v;
+}
 HQ_INLINE void keep_order() { asm volatile("" ::: "memory"); }
 HQ_INLINE uint32_t mul24(uint32_t a, uint32_t b) { return a * b; }
 
@@ -65,6 +77,17 @@ HQ_INLINE float square_root(float v) {
 HQ_INLINE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+    return r;
+}
+HQ_INLINE uint32_t halves_of(uint32_t a, uint32_t b, bool high) { return permute(a, b, high ? 0x7632 : 0x5410); }
+// A byte of a word.
+HQ_INLINE int byte_at(uint32_t v, int i) { return (int)permute(v, 0, 0x4440 + (uint32_t)i); }
+HQ_INLINE int signed_byte_at(uint32_t v, int i) { return (int)permute(v, 0, 0x8880 + 0x1111 * (uint32_t)i); }
+// c + two int16 times bytes 2 * pair and the next.
+HQ_INLINE int dot2(uint32_t halves, uint32_t bytes, int pair, int c) {
+    int r;
+    if (pair) asm("dp2a.hi.s32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(halves), "r"(bytes), "r"(c));
+    else asm("dp2a.lo.s32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(halves), "r"(bytes), "r"(c));
     return r;
 }
 HQ_INLINE uint32_t middle(uint32_t a, uint32_t b) { return permute(a, b, 0x5432); }
@@ -312,4 +335,108 @@ HQ_INLINE void mma_f16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
 }
+#endif
+
+// N bytes aligned to N; weights, which are read once, and anything.
+template <int N> HQ_INLINE Words<N> load_vector(const void* p) {
+    Words<N> r;
+    __builtin_memcpy(r.w, __builtin_assume_aligned(p, N), N);
+    return r;
+}
+// Volatile, and not by the way of what no kernel writes (.nc): or it would be moved behind wait_for_inputs().
+template <int N> HQ_INLINE Words<N> load_stream(const void* p) {
+    static_assert(N == 4 || N == 8 || N == 16, "a vector");
+    Words<N> r;
+    if constexpr (N == 16) {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3])
+                     : "l"(p));
+#else
+        load_u128(r.w, p);
+#endif
+    } else if constexpr (N == 8)
+        asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(p));
+    else asm volatile("ld.global.u32 %0, [%1];" : "=r"(r.w[0]) : "l"(p));
+    return r;
+}
+HQ_INLINE uint32_t load_stream_half(const void* p) {
+    uint16_t r;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(r) : "l"(p));
+    return r;
+}
+template <int N> HQ_INLINE void store_vector(void* p, const Words<N>& v) {
+    __builtin_memcpy(__builtin_assume_aligned(p, N), v.w, N);
+}
+
+// A kernel that is launched to overlap with the one before begins early. Behind wait_for_inputs(), which all threads
+// call, it sees what that one has written; before, it may read what no kernel writes. It calls let_next_begin() as soon
+// as the kernel behind may take what room is left.
+HQ_INLINE void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+HQ_INLINE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// What this thread has written is seen by who learns of it; and what others have written by this thread.
+HQ_INLINE void fence_release() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+HQ_INLINE void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+HQ_INLINE int add_atomic(int* p, int v) {
+    int r;
+    asm volatile("atom.global.add.s32 %0, [%1], %2;" : "=r"(r) : "l"(p), "r"(v) : "memory");
+    return r;
+}
+
+// Two halves each: a * b + c, rounded once.
+HQ_INLINE uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+#if __CUDA_ARCH_FEAT_SM90_ALL
+#define HQ_WARPGROUPS 1
+#define HQ_ROW_OF_SUMS(how, n) how(c[n][0]), how(c[n][1]), how(c[n][2]), how(c[n][3])
+#define HQ_FOUR_ROWS(how, n) \
+    HQ_ROW_OF_SUMS(how, n), HQ_ROW_OF_SUMS(how, n + 1), HQ_ROW_OF_SUMS(how, n + 2), HQ_ROW_OF_SUMS(how, n + 3)
+#define HQ_SUMS(how) HQ_FOUR_ROWS(how, 0), HQ_FOUR_ROWS(how, 4), HQ_FOUR_ROWS(how, 8), HQ_FOUR_ROWS(how, 12)
+#define HQ_64_REGISTERS \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
+    "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+// c (16 rows a team x 128 columns) = a (x 32) * b (32 x 128) of halves, by 4 teams that each have 16 rows, as mma_f16()
+// has them: c[n] is columns from 8n, a[s] is k from 16s. b is shared memory, 4 chunks [column][8 of k] that are `chunk`
+// bytes apart. c may be touched from finish_products() on.
+HQ_INLINE void begin_products(float c[16][4], const uint32_t a[2][4], const void* b, uint32_t chunk) {
+    // In units of 16 bytes: the address, the distance of chunks, that of 8 columns from the next.
+    const uint64_t first = (shared_address(b) & 0x3FFFF) >> 4 | (uint64_t)(chunk / 16) << 16 | (uint64_t)8 << 32;
+#define HQ_WRITTEN(v) "=&f"(v)
+    asm volatile(
+        "{ .reg .pred none, all; setp.ne.u32 none, %74, %74; setp.eq.u32 all, %74, %74; wgmma.fence.sync.aligned; "
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " HQ_64_REGISTERS
+        ", {%64, %65, %66, %67}, %72, none, 1, 1, 0; "
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " HQ_64_REGISTERS
+        ", {%68, %69, %70, %71}, %73, all, 1, 1, 0; "
+        "wgmma.commit_group.sync.aligned; }"
+        : HQ_SUMS(HQ_WRITTEN)
+        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(a[1][0]), "r"(a[1][1]), "r"(a[1][2]),
+          "r"(a[1][3]), "l"(first), "l"(first + 2 * chunk / 16), "r"(0)
+        : "memory");
+#undef HQ_WRITTEN
+}
+HQ_INLINE void finish_products(float c[16][4]) {
+#define HQ_KEPT(v) "+f"(v)
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : HQ_SUMS(HQ_KEPT)::"memory");
+#undef HQ_KEPT
+}
+// What this thread has written to shared memory is seen by begin_products() behind the next barrier.
+HQ_INLINE void show_to_matrix_units(const void*) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+HQ_INLINE void show_to_matrix_units(const void*) {}
+#define HQ_WARPGROUPS 0
 #endif

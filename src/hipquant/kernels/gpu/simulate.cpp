@@ -81,7 +81,7 @@ constexpr int kReturn = 11, kFrame = 20;
 #endif
 extern "C" void hq_switch(void** save, void* to);
 
-constexpr int kMaxThreads = 1024, kMaxParams = 16, kMaxFloats = 4, kTeam = 32, kMaxCopies = 32;
+constexpr int kMaxThreads = 1024, kMaxParams = 32, kMaxFloats = 4, kTeam = 32, kMaxCopies = 32;
 constexpr unsigned long kStack = 256 << 10;
 
 enum State { kReady, kBarrier, kTogether, kEnded };
@@ -127,7 +127,7 @@ struct Meeting {
 };
 
 static Fiber fibers[kMaxThreads];
-static Meeting of_block, of_team[kMaxThreads / kTeam];
+static Meeting of_block, of_team[kMaxThreads / kTeam], of_wave[kMaxThreads / 64];
 static void* stacks[kMaxThreads];  // those that no fiber has, from nstacks - 1 down: the last one used is in the caches
 static int nstacks;
 static struct {
@@ -231,10 +231,12 @@ __attribute__((no_sanitize("address"))) static void fiber_main() {
     const uint64_t* p = launch.params;
     const double* f = launch.floats;
     using W = uint64_t;
-    using Run = void (*)(W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, double, double, double, double);
-    static_assert(kMaxParams == 16 && kMaxFloats == 4, "as many as are passed");
+    using Run = void (*)(W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W, W,
+                         double, double, double, double);
+    static_assert(kMaxParams == 32 && kMaxFloats == 4, "as many as are passed");
     ((Run)launch.run)(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13], p[14],
-                      p[15], f[0], f[1], f[2], f[3]);
+                      p[15], p[16], p[17], p[18], p[19], p[20], p[21], p[22], p[23], p[24], p[25], p[26], p[27], p[28],
+                      p[29], p[30], p[31], f[0], f[1], f[2], f[3]);
     fibers[launch.now].state = kEnded;
     to_scheduler(true);
 }
@@ -285,6 +287,9 @@ void hq_barrier(const char* file, int line) {
     gather(kBarrier, of_block, 0, launch.threads, site, "threads of a block wait at different barriers");
 }
 
+// Where a team, or both teams of a wave of 64, meet.
+static Meeting& meeting_of(int first, int lanes) { return lanes == kTeam ? of_team[first / kTeam] : of_wave[first / 64]; }
+
 // The lanes that do something together, which must all exist.
 static int first_lane(int lanes) {
     const int first = launch.now / lanes * lanes;
@@ -300,7 +305,7 @@ int hq_shuffle_xor(int v, int mask, int lanes, const char* file, int line) {
     const int first = first_lane(lanes), me = launch.now;
     if (mask < 0 || mask >= lanes) hq_fault("a shuffle with mask %d among %d lanes", mask, lanes);
     fibers[me].value = v, fibers[me].mask = mask;
-    if (gather(kTogether, of_team[first / kTeam], first, first + lanes, site,
+    if (gather(kTogether, meeting_of(first, lanes), first, first + lanes, site,
                "lanes of a team meet at different shuffles")) {
         int values[64];
         for (int i = 0; i < lanes; i++) values[i] = fibers[first + i].value;
@@ -357,6 +362,38 @@ void hq_mma_f16(float* c, const uint32_t* a, const uint32_t* b, const char* file
     if (gather(kTogether, of_team[first / kTeam], first, first + kTeam, site,
                "lanes of a team meet at different matrix products"))
         multiply_f16(fibers + first);
+}
+
+// c (16 x 16) += a (16 x 16) * b (16 x 16) of halves by a wave, as the instructions spread them: of a lane, `depth` halves
+// of row lane % 16 of a and of this column of b; where that is all 16, both halves of the wave must have the same.
+static void multiply_tiles(Fiber* wave, int lanes, int depth) {
+    float a[16][16], b[16][16];
+    const int rows = 256 / lanes;
+    for (int l = lanes - 1; l >= 0; l--)
+        for (int i = 0; i < depth; i++) {
+            const int k = l / 16 * depth % 16 + i, at = l % 16, shift = i % 2 * 16, twin = depth == 16 ? at : l;
+            if (wave[l].a[i / 2] != wave[twin].a[i / 2] || wave[l].b[i / 2] != wave[twin].b[i / 2])
+                hq_fault("lanes %d and %d have different operands of a matrix product", twin, l);
+            a[at][k] = hq_half_to_float(wave[l].a[i / 2] >> shift & 0xFFFF);
+            b[k][at] = hq_half_to_float(wave[l].b[i / 2] >> shift & 0xFFFF);
+        }
+    for (int l = 0; l < lanes; l++)
+        for (int i = 0; i < rows; i++) {
+            const int row = depth == 16 ? 2 * i + l / 16 : l / 16 * rows + i;
+            for (int k = 0; k < 16; k++) wave[l].c_f16[i] += a[row][k] * b[k][l % 16];
+        }
+}
+
+void hq_multiply_tiles(
+    float* c, const uint32_t* a, const uint32_t* b, int lanes, int depth, const char* file, int line) {
+    const Site site{file, line, __builtin_return_address(0)};
+    if (lanes != hq_now.wave) hq_fault("a matrix product of %d lanes on waves of %d", lanes, hq_now.wave);
+    const int first = first_lane(lanes);
+    Fiber& f = fibers[launch.now];
+    f.c_f16 = c, f.a = a, f.b = b;
+    if (gather(kTogether, meeting_of(first, lanes), first, first + lanes, site,
+               "lanes of a wave meet at different matrix products"))
+        multiply_tiles(fibers + first, lanes, depth);
 }
 
 // Four matrices, whose rows' addresses the lanes have, spread over the lanes as device.h says.
@@ -611,6 +648,7 @@ extern "C" __attribute__((visibility("default"))) int hq_launch(const char* name
     hq_now = {0, 0, 0, 0, wave};
     of_block = {};
     for (Meeting& m : of_team) m = {};
+    for (Meeting& m : of_wave) m = {};
     for (Fiber& f : fibers)
         if (f.stack) stacks[nstacks++] = f.stack, f.stack = nullptr;  // after a fault
     hq_switch(&launch.home, new_stack_top(stack + sizeof stack, run_call));

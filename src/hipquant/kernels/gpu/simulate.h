@@ -8,7 +8,8 @@
 #define HQ_KERNEL(threads) extern "C" void
 #define HQ_RESIDENT_KERNEL(threads, blocks) HQ_KERNEL(threads)
 #define HQ_SHARED static __attribute__((section(".hq_shared")))  // filled with NaN between blocks
-#if HQ_MATRIX_UNITS
+// HQ_MATRIX_UNITS: 0 none; 1 NVIDIA's; AMD's by how many halves a lane has: 16 RDNA3's, 8 RDNA4's, 4 CDNA's.
+#if HQ_MATRIX_UNITS == 1
 constexpr bool kMatrixUnits = true;
 #define HQ_ASYNC_COPIES 1
 #else
@@ -31,6 +32,8 @@ void hq_barrier(const char* file, int line) HQ_TOGETHER;
 int hq_shuffle_xor(int v, int mask, int lanes, const char* file, int line) HQ_TOGETHER;
 void hq_mma(int* c, const uint32_t* a, const uint32_t* b, int k, const char* file, int line) HQ_TOGETHER;
 void hq_mma_f16(float* c, const uint32_t* a, const uint32_t* b, const char* file, int line) HQ_TOGETHER;
+void hq_multiply_tiles(
+    float* c, const uint32_t* a, const uint32_t* b, int lanes, int depth, const char* file, int line) HQ_TOGETHER;
 void hq_load_matrices(uint32_t* r, const void* row, bool transposed, const char* file, int line) HQ_TOGETHER;
 void hq_copy_async(void* to, const void* from, int size, int bytes);
 void hq_wait_copies();
@@ -75,6 +78,9 @@ HQ_INLINE uint32_t mul24(uint32_t a, uint32_t b) {
     if ((a | b) >> 24) hq_fault("mul24(%u, %u): more than 24 bits", a, b);
     return a * b;
 }
+HQ_INLINE uint32_t opaque(uint32_t v) { return v; }
+HQ_INLINE uint8_t* opaque(uint8_t* p) { return p; }
+HQ_INLINE float computed_here(float v) { return v; }
 HQ_INLINE void keep_order() {}
 
 HQ_INLINE float half_to_float(uint32_t bits) { return hq_half_to_float(bits); }
@@ -92,6 +98,12 @@ HQ_INLINE float exp2_approximate(float v) {
 }
 HQ_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
 
+HQ_INLINE uint32_t halves_of(uint32_t a, uint32_t b, bool high) { return permute(a, b, high ? 0x7632 : 0x5410); }
+HQ_INLINE int byte_at(uint32_t v, int i) { return (int)(v >> 8 * i & 0xFF); }
+HQ_INLINE int signed_byte_at(uint32_t v, int i) { return (int8_t)(v >> 8 * i); }
+HQ_INLINE int dot2(uint32_t halves, uint32_t bytes, int pair, int c) {
+    return c + (int16_t)halves * byte_at(bytes, 2 * pair) + ((int)halves >> 16) * byte_at(bytes, 2 * pair + 1);
+}
 HQ_INLINE uint32_t middle(uint32_t a, uint32_t b) { return a >> 16 | b << 16; }
 
 HQ_INLINE const void* aligned_to(int bytes, const void* p, const char* what) {
@@ -132,6 +144,16 @@ template <int kAlign, int N> HQ_INLINE void store(void* p, const Words<N>& v) {
     __builtin_memcpy((void*)aligned_to(kAlign, p, "a store"), v.w, N);
 }
 
+template <int N> HQ_INLINE Words<N> load_vector(const void* p) { return load_vectors<N, N>(p); }
+template <int N> HQ_INLINE Words<N> load_stream(const void* p) { return load_vectors<N, N>(p); }
+HQ_INLINE uint32_t load_stream_half(const void* p) { return *(const uint16_t*)aligned_to(2, p, "a load"); }
+template <int N> HQ_INLINE void store_vector(void* p, const Words<N>& v) { store<N>(p, v); }
+HQ_INLINE void wait_for_inputs() {}
+HQ_INLINE void let_next_begin() {}
+HQ_INLINE void fence_release() {}
+HQ_INLINE void fence_acquire() {}
+HQ_INLINE int add_atomic(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+
 template <int N, int kAlign> HQ_INLINE Words<N> load_shared(const void* p) { return load_vectors<N, kAlign>(p); }
 template <int N> HQ_INLINE void copy_async(void* to, const void* from, int bytes) {
     hq_copy_async((void*)aligned_to(N, to, "a copy"), aligned_to(N, from, "a copy"), N, bytes);
@@ -150,3 +172,28 @@ HQ_INLINE void load_matrices(uint32_t r[4], const void* row, HQ_SITE) {
 HQ_INLINE void load_matrices_transposed(uint32_t r[4], const void* row, HQ_SITE) {
     hq_load_matrices(r, aligned_to(16, row, "a matrix"), true, file, line);
 }
+
+HQ_INLINE uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t r = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const double product = (double)half_to_float(a >> i & 0xFFFF) * half_to_float(b >> i & 0xFFFF);
+        r |= (uint32_t)float_to_half((float)(product + half_to_float(c >> i & 0xFFFF))) << i;
+    }
+    return r;
+}
+HQ_INLINE void show_to_matrix_units(const void*) {}
+#define HQ_WARPGROUPS 0
+
+#if HQ_MATRIX_UNITS > 1
+#define HQ_MATRIX_TILES 1
+struct MatrixTiles {
+    static constexpr int kDepth = HQ_MATRIX_UNITS, kLanes = kDepth == 4 ? 64 : 32;
+    HQ_MEMBER static int row(int lane) { return kDepth == 16 ? lane % 2 * 8 + lane % 16 / 2 : lane % 16; }
+    HQ_MEMBER static int other_team(int v, HQ_SITE) { return hq_shuffle_xor(v, 32, 64, file, line); }
+};
+template <class Tiles>
+HQ_INLINE void multiply_tiles(
+    float* c, const Words<2 * Tiles::kDepth>& a, const Words<2 * Tiles::kDepth>& b, HQ_SITE) {
+    hq_multiply_tiles(c, a.w, b.w, Tiles::kLanes, Tiles::kDepth, file, line);
+}
+#endif

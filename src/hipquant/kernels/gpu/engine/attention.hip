@@ -1,4 +1,4 @@
-// `attention_split_f16`, `attention_combine_q8_1`: attention over a share of the positions, and the shares together.
+// `attention_decode_f16`: attention over a share of the positions a block; the last block of a head puts them together.
 //
 // A block takes the heads of queries that share a head of keys and values, 4 at a time. Groups of 8, 16 or 32 lanes, as
 // a row of the cache needs with 16 bytes a lane, go over positions of their own, each with a softmax of its own, whose
@@ -27,11 +27,11 @@ struct Share {
 // 8 halves of a row of the cache from half i on, or what is left of it.
 template <bool kVectors> HQ_INLINE Words<16> load_halves(const uint16_t* cache, uint32_t row, int i, int head_dim) {
     if constexpr (kVectors) {
-        return field<16>(Row<16>{(const uint8_t*)cache}, 2 * (row + i));
+        return load_vector<16>((const uint8_t*)cache + 2 * (row + i));
     } else {
         Words<16> r;
 #pragma unroll
-        for (int w = 0; w < 4; w++, i += 2) r.w[w] = i < head_dim ? load_words<4>(cache + row + i).w[0] : 0;
+        for (int w = 0; w < 4; w++, i += 2) r.w[w] = i < head_dim ? load_vector<4>(cache + row + i).w[0] : 0;
         return r;
     }
 }
@@ -153,89 +153,134 @@ HQ_INLINE void attend_aligned(const Share& share, int heads, GroupSums* found, i
     else attend<32, kHeads, kSteps, true>(share, heads, found, turn);
 }
 
-// Block (head of keys and split, token).
+// All heads of the share. Whole blocks come here.
+HQ_INLINE void attend_heads(Share share, int heads, GroupSums* found) {
+    const bool aligned = share.head_dim % 8 == 0;
+    int turn = 0;
+    for (int done = 0, now; done < heads; done += now) {
+        now = !aligned ? 1 : heads - done < 4 ? heads - done : 4;
+        if (!aligned) attend<32, 1, 1, false>(share, 1, found, turn);
+        else if (now == 1) attend_aligned<1, 4>(share, 1, found, turn);
+        else attend_aligned<4, 2>(share, now, found, turn);
+        share.queries += now * share.head_dim, share.partial += now * share.stride;
+    }
+}
+
+constexpr int kMaxSplits = 64, kHeadsAtOnce = 32;  // as many heads are whole blocks of 32 activations
+
+// The parts of neighbouring heads: their sums, each followed by its greatest score and the sum of its weights.
+struct Parts {
+    const float* sums;
+    int splits, stride, head_dim;  // splits: those that have positions; stride: from head to head
+    HQ_MEMBER const float* part(int head, int s) const { return sums + head * stride + s * (head_dim + 2); }
+    HQ_MEMBER float top(int head, int s) const { return part(head, s)[head_dim]; }
+    HQ_MEMBER float total(int head, int s) const { return part(head, s)[head_dim + 1]; }
+};
+
+// The weights of a head's parts, divided by their total, by the lanes of a team.
+HQ_INLINE void weigh_parts(const Parts& parts, int head, float* weights) {
+    constexpr int kMine = kMaxSplits / 32;
+    const int lane = thread_x() % 32;
+    float top[kMine], total[kMine], greatest = -infinity(), sum = 0;
+#pragma unroll
+    for (int i = 0; i < kMine; i++) {
+        const int s = lane + 32 * i;
+        top[i] = s < parts.splits ? parts.top(head, s) : -infinity();
+        total[i] = s < parts.splits ? parts.total(head, s) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kMine; i++) greatest = max2(greatest, top[i]);
+    greatest = team_max(greatest);
+#pragma unroll
+    for (int i = 0; i < kMine; i++) {
+        top[i] = top[i] == greatest ? 1 : exp_(top[i] - greatest);
+        sum = __builtin_fmaf(top[i], total[i], sum);
+    }
+    sum = 1 / team_sum(sum);
+#pragma unroll
+    for (int i = 0; i < kMine; i++)
+        if (lane + 32 * i < parts.splits) weights[lane + 32 * i] = top[i] * sum;
+}
+
+// Where the results of neighbouring heads go: n values of a column of n_padded, from `first` on, and zeros up to `end`.
+struct Attended {
+    float* y;    // null where it is not wanted
+    uint8_t* q;  // the same
+    int first, n, end, n_padded;
+};
+
+// Puts the parts of Attended::n / head_dim heads together: a thread takes values that are 128 apart.
+HQ_INLINE void combine(const Parts& parts, const float* weights, const Attended& to) {
+    constexpr int kValues = 4;
+    const int lane = thread_x() % 32, end = to.end - to.first;
+    for (int begin = thread_x() / 32 * 32; begin < end; begin += kValues * kAttentionThreads) {
+        float v[kValues] = {};
+        int from[kValues], weight[kValues];
+#pragma unroll
+        for (int j = 0; j < kValues; j++) {
+            const int i = begin + j * kAttentionThreads + lane, inside = i < to.n ? i : to.n - 1;
+            const int head = inside / parts.head_dim;
+            from[j] = head * parts.stride + inside - head * parts.head_dim, weight[j] = head * kMaxSplits;
+        }
+#pragma unroll 8  // so many parts are under way at a time
+        for (int s = 0; s < parts.splits; s++)
+#pragma unroll
+            for (int j = 0; j < kValues; j++)
+                v[j] = __builtin_fmaf(weights[weight[j] + s], parts.sums[from[j] + s * (parts.head_dim + 2)], v[j]);
+#pragma unroll
+        for (int j = 0; j < kValues; j++) {
+            const int i = begin + j * kAttentionThreads + lane, at = to.first + i;
+            const float value = i < to.n ? v[j] : 0;
+            if (to.y && i < end) to.y[at] = value;
+            if (to.q && i - lane < end) store_activations<1>(to.q, to.n_padded, at, &value, true);
+        }
+    }
+}
+
+union AttentionMemory {
+    GroupSums found[2];
+    float weights[kHeadsAtOnce][kMaxSplits];  // of the parts, by the last block
+};
+
+// Block (head of keys and split, of at most 64, token); y and q are columns of n_padded values. Splits without
+// positions, which come behind those that have some, do nothing. Where there is q, heads of queries that share a head
+// of keys have a multiple of 32 values.
 HQ_RESIDENT_KERNEL(128, 3)  // 4 would leave 128 registers, which is a few too little
-attention_split_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial,
-                    const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_context,
-                    int splits, float scale) {
-    HQ_SHARED GroupSums found[2];
-    const uint32_t token = block_y();
+attention_decode_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial, float* y,
+    void* q, int* counters, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim,
+    int n_context, int splits, int n_padded, float scale) {
+    HQ_SHARED int last;
+    HQ_SHARED AttentionMemory memory;
+    let_next_begin();
+    wait_for_inputs();
+    const int64_t token = block_y();
     const int head_kv = (int)block_x() / splits, split = (int)block_x() % splits;
     const int group = n_head / n_head_kv, length = position[token] + 1;
     const int each = ((length + 31) / 32 + splits - 1) / splits * 32, begin = split * each;
+    if (begin >= length) return;
     const int64_t cache = ((int64_t)slot[token] * n_head_kv + head_kv) * n_context * head_dim;
+    const int stride = splits * (head_dim + 2);
+    float* parts_of_group = partial + (token * n_head + head_kv * group) * stride;
     Share share;
     share.keys = k_cache + cache, share.values = v_cache + cache;
-    share.queries = qkv + ((int64_t)token * (n_head + 2 * n_head_kv) + head_kv * group) * head_dim;
-    share.stride = splits * (head_dim + 2);
-    share.partial = partial + ((int64_t)token * n_head + head_kv * group) * share.stride + split * (head_dim + 2);
+    share.queries = qkv + (token * (n_head + 2 * n_head_kv) + head_kv * group) * head_dim;
+    share.stride = stride, share.partial = parts_of_group + split * (head_dim + 2);
     share.head_dim = head_dim, share.scale = scale;
     share.begin = begin, share.end = begin + each < length ? begin + each : length;
-    const bool aligned = head_dim % 8 == 0;
-    int turn = 0;
+    attend_heads(share, group, memory.found);
+
+    const int found = (length + each - 1) / each;
+    if (!is_last_block(counters + token * n_head_kv + head_kv, found, &last)) return;
     for (int done = 0, heads; done < group; done += heads) {
-        heads = !aligned ? 1 : group - done < 4 ? group - done : 4;
-        if (!aligned) attend<32, 1, 1, false>(share, 1, found, turn);
-        else if (heads == 1) attend_aligned<1, 4>(share, 1, found, turn);
-        else attend_aligned<4, 2>(share, heads, found, turn);
-        share.queries += heads * head_dim, share.partial += heads * share.stride;
-    }
-}
-
-// The parts of a head: their sums, each followed by its greatest score and the sum of its weights.
-struct Parts {
-    const float* sums;
-    int splits, stride, head_dim;
-    HQ_MEMBER float top(int s) const { return sums[s * stride + head_dim]; }
-    HQ_MEMBER float total(int s) const { return sums[s * stride + head_dim + 1]; }
-};
-HQ_INLINE float part_weight(float top, float greatest) { return top == greatest ? 1 : exp_(top - greatest); }
-
-// Value i of a head, by one lane.
-HQ_INLINE float combine(const Parts& parts, int i) {
-    float greatest = -infinity(), sum = 0, total = 0;
-    for (int s = 0; s < parts.splits; s++) greatest = max2(greatest, parts.top(s));
-    for (int s = 0; s < parts.splits; s++) {
-        const float weight = part_weight(parts.top(s), greatest);
-        sum = __builtin_fmaf(weight, parts.sums[s * parts.stride + i], sum);
-        total = __builtin_fmaf(weight, parts.total(s), total);
-    }
-    return sum / total;
-}
-
-// The weights of the parts, divided by their total, by the lanes of a team that is within a head.
-HQ_INLINE void team_weights(const Parts& parts, float* weights) {
-    const int lane = thread_x() % 32;
-    float greatest = -infinity(), total = 0;
-    for (int s = lane; s < parts.splits; s += 32) greatest = max2(greatest, parts.top(s));
-    greatest = team_max(greatest);
-    for (int s = lane; s < parts.splits; s += 32) {
-        weights[s] = part_weight(parts.top(s), greatest);
-        total = __builtin_fmaf(weights[s], parts.total(s), total);
-    }
-    total = 1 / team_sum(total);
-    for (int s = lane; s < parts.splits; s += 32) weights[s] *= total;
-}
-
-constexpr int kMaxSplits = 64;
-
-// Row (token): a thread takes a value of a head.
-HQ_KERNEL(256)
-attention_combine_q8_1(const float* partial, float* y, void* q, int n_head, int head_dim, int splits, int n_padded) {
-    HQ_SHARED float weights[8][kMaxSplits];
-    const int i = (int)block_x() * 256 + thread_x(), n = n_head * head_dim, inside = i < n ? i : n - 1;
-    const int head = inside / head_dim, at = inside - head * head_dim;
-    const uint64_t token = block_y();
-    const Parts parts{partial + (token * n_head + head) * splits * (head_dim + 2), splits, head_dim + 2, head_dim};
-    float v = 0;
-    if (head_dim % 32 == 0 && splits <= kMaxSplits) {
-        float* mine = weights[thread_x() / 32];
-        team_weights(parts, mine);
+        heads = group - done < kHeadsAtOnce ? group - done : kHeadsAtOnce;
+        const Parts parts{parts_of_group + done * stride, found, stride, head_dim};
+        if (done) barrier();
+        for (int h = thread_x() / 32; h < heads; h += kAttentionThreads / 32) weigh_parts(parts, h, memory.weights[h]);
         barrier();
-#pragma unroll 4
-        for (int s = 0; s < splits; s++) v = __builtin_fmaf(mine[s], parts.sums[s * parts.stride + at], v);
-    } else {
-        v = combine(parts, at);
+        const int first = (head_kv * group + done) * head_dim, n = heads * head_dim;
+        const int end = first + n == n_head * head_dim ? n_padded : first + n;
+        const Attended to{y ? y + token * n_padded : nullptr,
+            q ? (uint8_t*)q + token * column_bytes(n_padded) : nullptr, first, n, end, n_padded};
+        combine(parts, memory.weights[0], to);
     }
-    store_activation(i < n ? v : 0, y, q, token, i, n, n_padded);
 }

@@ -6,102 +6,7 @@
 //
 // A weight of 0 does not hide NaN: values of the pass's own tokens that are not finite also reach the tokens up to 63
 // rows before.
-#include "rows.h"
-
-constexpr int kPrefillThreads = 128, kPrefillRows = 64;
-
-struct alignas(16) Halves8 : Words<16> {
-    HQ_MEMBER float value(int i) const { return half_to_float(w[i / 2] >> 16 * (i % 2) & 0xFFFF); }
-};
-// A row of a tile: 8 of them are in banks of their own.
-template <int kDims> struct TileRow {
-    Halves8 halves[kDims / 8 + 1];
-};
-
-// The rows that there are, by number: token * group + head.
-struct PrefillRows {
-    const float* queries;  // of token 0, of the first head of the group
-    float* y;
-    int query_stride, y_stride;  // from token to token
-    int group, head_dim, rows, position;  // position: of token 0
-    float scale;
-    HQ_MEMBER int token(int row) const { return (row < rows ? row : rows - 1) / group; }
-    HQ_MEMBER int64_t head(int row) const {
-        return (int64_t)((row < rows ? row : rows - 1) - token(row) * group) * head_dim;
-    }
-    HQ_MEMBER const float* query(int row) const { return queries + (int64_t)token(row) * query_stride + head(row); }
-    HQ_MEMBER float* result(int row) const { return y + (int64_t)token(row) * y_stride + head(row); }
-    HQ_MEMBER int last(int row) const { return position + token(row); }  // position that it sees
-    // Values i and i + 1 of the query of a row as halves, or zeros.
-    HQ_MEMBER uint32_t query_pair(const float* query, int i) const {
-        if (i >= head_dim) return 0;
-        const Words<8> pair = field<8>(Row<8>{(const uint8_t*)(query + i)}, 0);
-        return pack_halves(bits<float>(pair.w[0]) * scale, bits<float>(pair.w[1]) * scale);
-    }
-    // Values i and i + 1 of the result.
-    HQ_MEMBER void store_pair(int row, int i, float a, float b) const {
-        if (row < rows && i < head_dim) store<4>(result(row) + i, Words<8>{{bits<uint32_t>(a), bits<uint32_t>(b)}});
-    }
-};
-
-// Rows of the cache on their way to a tile in shared memory: zeros behind `length` positions and behind head_dim.
-// Where copies are asynchronous, or registers allow, they are under way from begin() to finish().
-template <int kDims, int kKeys, bool kVectors> struct PrefillCopy {
-    static constexpr int kInRow = kDims / 8, kEach = kKeys * kInRow / kPrefillThreads;
-    static constexpr bool kAhead = !kMatrixUnits || kDims < 128;
-#if HQ_ASYNC_COPIES
-    static constexpr bool kAsynchronous = kVectors;
-#else
-    static constexpr bool kAsynchronous = false;
-#endif
-    static_assert(kKeys * kInRow % kPrefillThreads == 0, "every thread copies as much");
-    int length, head_dim;
-    Words<16> ahead[kEach];
-
-    HQ_MEMBER static int piece(int i) { return i * kPrefillThreads + thread_x(); }
-    HQ_MEMBER Words<16> load(const uint16_t* cache, int first, int i) const {
-        const int key = first + piece(i) / kInRow, at = piece(i) % kInRow * 8;
-        const uint16_t* from = cache + (uint32_t)key * (uint32_t)head_dim + at;
-        Words<16> r{};
-        if (key >= length) return r;
-        if constexpr (kVectors) {
-            if (at < head_dim) r = field<16>(Row<16>{(const uint8_t*)from}, 0);
-        } else {
-#pragma unroll
-            for (int w = 0; w < 4; w++)
-                if (at + 2 * w < head_dim) r.w[w] = load_words<4>(from + 2 * w).w[0];
-        }
-        return r;
-    }
-    HQ_MEMBER void begin([[maybe_unused]] TileRow<kDims>* to, const uint16_t* cache, int first) {
-#if HQ_ASYNC_COPIES
-        if constexpr (kAsynchronous) {
-#pragma unroll 2  // no more: registers run out
-            for (int i = 0; i < kEach; i++) {
-                const int key = first + piece(i) / kInRow, at = piece(i) % kInRow;
-                const bool inside = key < length && at * 8 < head_dim;
-                const uint32_t from = inside ? (uint32_t)key * (uint32_t)head_dim + at * 8 : 0;
-                copy_async<16>(&to[piece(i) / kInRow].halves[at], cache + from, inside ? 16 : 0);
-            }
-        }
-#endif
-        if constexpr (kAhead && !kAsynchronous)
-#pragma unroll
-            for (int i = 0; i < kEach; i++) ahead[i] = load(cache, first, i);
-    }
-    HQ_MEMBER void finish(TileRow<kDims>* to, const uint16_t* cache, int first) {
-#if HQ_ASYNC_COPIES
-        if constexpr (kAsynchronous) wait_copies();
-#endif
-        constexpr int kAtOnce = kAhead ? kEach : 2;
-        if constexpr (!kAsynchronous)
-#pragma unroll kAtOnce
-            for (int i = 0; i < kEach; i++) {
-                const Words<16> v = kAhead ? ahead[i] : load(cache, first, i);
-                to[piece(i) / kInRow].halves[piece(i) % kInRow] = {v};
-            }
-    }
-};
+#include "prefill.h"
 
 // What a block does with kRows rows and kKeys keys at a time.
 template <int kDims, bool kByMatrixUnits = kMatrixUnits> struct Prefill;
@@ -115,6 +20,7 @@ template <int kDims> struct Prefill<kDims, true> {
         TileRow<kDims> keys[kKeys], values[kKeys];
     };
     static constexpr bool kApart = true;  // keys and values lie in places of their own
+    template <bool kVectors> using ValuesCopy = PrefillCopy<kDims, kKeys, kVectors>;
     uint32_t query[kDims / 16][4];
     float sum[kPart / 8][4], score[kKeys / 8][4], top[2], weights[2];
     int row, last[2], lane, part, shown;  // shown: keys that no row of the block is without
@@ -179,7 +85,7 @@ template <int kDims> struct Prefill<kDims, true> {
         for (int k = 0; k < kKeys / 16; k++) {
             const float *left = score[2 * k], *right = score[2 * k + 1];
             const uint32_t weight[4] = {pack_halves(left[0], left[1]), pack_halves(left[2], left[3]),
-                                        pack_halves(right[0], right[1]), pack_halves(right[2], right[3])};
+                pack_halves(right[0], right[1]), pack_halves(right[2], right[3])};
 #pragma unroll
             for (int n = 0; n < kPart / 8; n += 2) {
                 uint32_t b[4];
@@ -197,8 +103,8 @@ template <int kDims> struct Prefill<kDims, true> {
             const float factor = 1 / weights[h];
 #pragma unroll
             for (int i = 0; i < kPart / 8; i++)
-                rows.store_pair(row + 8 * h, part + 8 * i + lane % 4 * 2, sum[i][2 * h] * factor,
-                                sum[i][2 * h + 1] * factor);
+                rows.store_pair(
+                    row + 8 * h, part + 8 * i + lane % 4 * 2, sum[i][2 * h] * factor, sum[i][2 * h + 1] * factor);
         }
     }
 };
@@ -215,6 +121,7 @@ template <int kDims> struct Prefill<kDims, false> {
         alignas(16) float weights[kRows][kKeys + 4];
     };
     static constexpr bool kApart = false;
+    template <bool kVectors> using ValuesCopy = PrefillCopy<kDims, kKeys, kVectors>;
     float sum[kMine][kDims / kLanes], top[kMine], weights[kMine];
     int row, lane, mine, position[kMine];
 
@@ -289,11 +196,25 @@ template <int kDims> struct Prefill<kDims, false> {
     }
 };
 
+#if HQ_MATRIX_TILES
+#include "prefill_tiles.h"
+// Queries stay in registers, which 256 dimensions would fill where a lane has all 16 halves.
+template <int kDims, bool kByTiles = kDims * MatrixTiles::kDepth <= 128 * 16> struct ChosenWay {
+    using Way = PrefillByTiles<kDims, MatrixTiles>;
+};
+template <int kDims> struct ChosenWay<kDims, false> {
+    using Way = Prefill<kDims>;
+};
+template <int kDims> using Way = typename ChosenWay<kDims>::Way;
+#else
+template <int kDims> using Way = Prefill<kDims>;
+#endif
+
 union PrefillTile {
-    Prefill<64>::Tile of_64;
-    Prefill<96>::Tile of_96;
-    Prefill<128>::Tile of_128;
-    Prefill<256>::Tile of_256;
+    Way<64>::Tile of_64;
+    Way<96>::Tile of_96;
+    Way<128>::Tile of_128;
+    Way<256>::Tile of_256;
 };
 static_assert(sizeof(PrefillTile) <= 48 << 10, "what every GPU has");
 
@@ -301,33 +222,35 @@ static_assert(sizeof(PrefillTile) <= 48 << 10, "what every GPU has");
 // added, and theirs while keys are weighed.
 template <int kDims, bool kVectors>
 HQ_INLINE void attend_rows(const PrefillRows& rows, const uint16_t* keys, const uint16_t* values, int first, int part,
-                           typename Prefill<kDims>::Tile& tile) {
-    using P = Prefill<kDims>;
-    PrefillCopy<kDims, P::kKeys, kVectors> copy;
-    copy.length = rows.last(first + P::kRows - 1) + 1, copy.head_dim = rows.head_dim;
-    copy.begin(tile.keys, keys, 0);
+    typename Way<kDims>::Tile& tile) {
+    using P = Way<kDims>;
+    const int length = rows.last(first + P::kRows - 1) + 1;
+    PrefillCopy<kDims, P::kKeys, kVectors> key_copy;
+    typename P::template ValuesCopy<kVectors> value_copy;
+    key_copy.length = value_copy.length = length, key_copy.head_dim = value_copy.head_dim = rows.head_dim;
+    key_copy.begin(tile.keys, keys, 0);
     P product;
     product.begin(tile, rows, first, part);
 #pragma unroll 1
-    for (int from = 0; from < copy.length; from += P::kKeys) {
+    for (int from = 0; from < length; from += P::kKeys) {
         if (!P::kApart && from) barrier();
-        copy.finish(tile.keys, keys, from);
+        key_copy.finish(tile.keys, keys, from);
         barrier();
-        copy.begin(tile.values, values, from);
+        value_copy.begin(tile.values, values, from);
         product.weigh(tile, from);
         if (!P::kApart) barrier();
-        copy.finish(tile.values, values, from);
+        value_copy.finish(tile.values, values, from);
         barrier();
-        if (from + P::kKeys < copy.length) copy.begin(tile.keys, keys, from + P::kKeys);
+        if (from + P::kKeys < length) key_copy.begin(tile.keys, keys, from + P::kKeys);
         product.add(tile);
     }
     product.finish(rows);
 }
 
 template <int kDims, bool kVectors>
-HQ_INLINE void attend_block(const PrefillRows& rows, const uint16_t* keys, const uint16_t* values, int first,
-                            typename Prefill<kDims>::Tile& tile) {
-    using P = Prefill<kDims>;
+HQ_INLINE void attend_block(
+    const PrefillRows& rows, const uint16_t* keys, const uint16_t* values, int first, typename Way<kDims>::Tile& tile) {
+    using P = Way<kDims>;
     constexpr int kParts = kDims / P::kPart;
 #pragma unroll 1
     for (int i = 0; i < kPrefillRows / P::kRows * kParts; i++) {
@@ -338,18 +261,26 @@ HQ_INLINE void attend_block(const PrefillRows& rows, const uint16_t* keys, const
     }
 }
 
+// Zeros behind the values of the tokens whose first row is one of the block's.
+HQ_INLINE void fill_rest(float* y, int first, int group, int ntokens, int n, int n_padded) {
+    for (int token = (first + group - 1) / group; token < ntokens && token * group < first + kPrefillRows; token++)
+        for (int i = n + thread_x(); i < n_padded; i += kPrefillThreads) y[(int64_t)token * n_padded + i] = 0;
+}
+
 // Block (head of keys, 64 rows): the last rows, which see most, come first.
 HQ_RESIDENT_KERNEL(128, 2)
 attention_prefill_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y, const int* position,
-                      const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens,
-                      float scale) {
+    const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, int n_padded, float scale) {
     HQ_SHARED PrefillTile tile;
+    let_next_begin();
+    wait_for_inputs();
     const int head_kv = (int)block_x(), group = n_head / n_head_kv, nrows = ntokens * group;
     const int first = ((nrows - 1) / kPrefillRows - (int)block_y()) * kPrefillRows;
     const int64_t cache = ((int64_t)slot[0] * n_head_kv + head_kv) * n_context * head_dim;
     const int head = head_kv * group * head_dim;
-    const PrefillRows rows{qkv + head, y + head, (n_head + 2 * n_head_kv) * head_dim, n_head * head_dim, group,
-                           head_dim,   nrows,    position[0],                         scale * kLog2E};
+    if (head_kv == n_head_kv - 1) fill_rest(y, first, group, ntokens, n_head * head_dim, n_padded);
+    const PrefillRows rows{qkv + head, y + head, (n_head + 2 * n_head_kv) * head_dim, n_padded, group, head_dim, nrows,
+        position[0], scale * kLog2E};
     const uint16_t *keys = k_cache + cache, *values = v_cache + cache;
     if (head_dim % 8) attend_block<256, false>(rows, keys, values, first, tile.of_256);
     else if (head_dim <= 64) attend_block<64, true>(rows, keys, values, first, tile.of_64);

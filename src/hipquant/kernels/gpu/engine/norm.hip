@@ -1,4 +1,4 @@
-// `add_rms_norm_q8_1`: x += residual; x / rms(x) * weight as floats and as q8_1. A block takes a row, a lane 4 values at
+// `add_rms_norm_q8`: x += residual; x / rms(x) * weight as floats and in planes. A block takes a row, a lane 4 values at
 // a time, of which it keeps the first in registers: in a decode step this is one row, and all that counts is how often
 // it waits for memory.
 #include "rows.h"
@@ -33,24 +33,26 @@ HQ_INLINE float add_squares(const Float4& v, float sum) {
     return sum;
 }
 // Whole teams come here.
-HQ_INLINE void store_normed(Float4 v, const Float4& w, float scale, float* y, q8_1* q, int i, int n, int n_padded,
+HQ_INLINE void store_normed(Float4 v, const Float4& w, float scale, float* y, uint8_t* q, int i, int n, int n_padded,
     bool vectors) {
     for (int j = 0; j < 4; j++) v.v[j] = i + j < n ? v.v[j] * scale * w.v[j] : 0;
-    if (y) store_values(y, i, n, vectors, v);
-    if (q) store_q8_1<4>(q, i, v.v, i < n_padded);
+    if (y) store_values(y, i, n_padded, vectors, v);
+    if (q) store_activations<4>(q, n_padded, i, v.v, i < n_padded);
 }
 
 HQ_KERNEL(1024)
-add_rms_norm_q8_1(
+add_rms_norm_q8(
     float* x, const float* residual, const float* weight, float* y, void* q, int n, int n_padded, float eps) {
     HQ_SHARED float partial[kNormThreads / 32];
+    let_next_begin();
+    wait_for_inputs();
     const uint64_t row = block_x();
     const bool vectors = n % 4 == 0 && aligned16((uint64_t)x | (uint64_t)residual | (uint64_t)weight | (uint64_t)y);
     const int thread = thread_x(), first = 4 * thread;
     x += row * n;
     if (residual) residual += row * n;
-    if (y) y += row * n;
-    q8_1* to = q ? (q8_1*)q + row * (n_padded / 32) : nullptr;
+    if (y) y += row * n_padded;
+    uint8_t* to = q ? (uint8_t*)q + row * column_bytes(n_padded) : nullptr;
 
     Float4 kept[kKept], weights[kKept];
 #pragma unroll
@@ -67,12 +69,12 @@ add_rms_norm_q8_1(
     barrier();
     const float scale = 1 / square_root(team_sum(partial[thread % 32]) / (float)n + eps);
 
-    const int end = q ? n_padded : n, begin = first / 128 * 128;  // teams stay together
+    const int begin = first / 128 * 128;  // teams stay together
 #pragma unroll
     for (int k = 0; k < kKept; k++)
-        if (begin + k * kNormStep < end)
+        if (begin + k * kNormStep < n_padded)
             store_normed(kept[k], weights[k], scale, y, to, first + k * kNormStep, n, n_padded, vectors);
-    for (int i = begin + kKept * kNormStep; i < end; i += kNormStep) {
+    for (int i = begin + kKept * kNormStep; i < n_padded; i += kNormStep) {
         const int at = i + first % 128;  // what this thread has written
         store_normed(load_values(x, at, n, vectors), load_values(weight, at, n, vectors), scale, y, to, at, n, n_padded,
             vectors);

@@ -6,6 +6,8 @@ template <int kMask> HQ_INLINE uint32_t add_other(uint32_t v) { return v + (uint
 HQ_KERNEL(256) read_memory(const void* x, int* dst, int64_t nbytes) {
     constexpr uint32_t kThreads = 256, kAhead = 8;
     HQ_SHARED uint32_t partial[kThreads / 32];
+    let_next_begin();
+    wait_for_inputs();
     const uint64_t first = (uint64_t)block_x() << 20, left = (uint64_t)nbytes - first;
     const uint32_t vectors = (uint32_t)((left < 1 << 20 ? left : 1 << 20) / 16), thread = (uint32_t)thread_x();
     const Row<16> from{(const uint8_t*)x + first};

@@ -5,6 +5,8 @@
 HQ_KERNEL(64)
 rope_store_kv_f16(float* qkv, uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position,
                   const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context) {
+    let_next_begin();
+    wait_for_inputs();
     const uint32_t token = block_y();
     const int head = (int)block_x(), heads = n_head + 2 * n_head_kv, at = position[token];
     const bool query = head < n_head, value = head >= n_head + n_head_kv;

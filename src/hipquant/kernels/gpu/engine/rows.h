@@ -25,31 +25,42 @@ template <int kLanes> HQ_INLINE float group_max(float v) {
     return v;
 }
 
-// kValues values from a multiple of kValues on: a block of q8_1 is 32 / kValues lanes, and is made as quantize_q8_1
-// makes it. All lanes of the team take part; `inside` says whether the lane's values belong to the row.
-template <int kValues> HQ_INLINE void store_q8_1(q8_1* row, int i, const float* v, bool inside) {
-    constexpr int kLanes = 32 / kValues;
-    float biggest = 0, sum = 0;
+// kValues values from value i of a column on, a multiple of kValues, to the column's planes (planes.h), which take
+// n_padded values: 32 / kValues neighbouring lanes make a block of 32 with one d. All lanes of the team take part;
+// `inside` says whether the lane's values belong to the column.
+template <int kValues>
+HQ_INLINE void store_activations(uint8_t* column, int n_padded, int i, const float* v, bool inside) {
+    static_assert(kValues == 1 || kValues == 4, "values of a lane");
+    float biggest = 0, all = 0;
 #pragma unroll
-    for (int j = 0; j < kValues; j++) biggest = max2(biggest, v[j] < 0 ? -v[j] : v[j]), sum += v[j];
-    biggest = group_max<kLanes>(biggest), sum = group_sum<kLanes>(sum);
-    const float d = sum != sum ? sum : biggest / 127;
-    q8_1* block = row + i / 32;
-    if (!inside) return;
+    for (int j = 0; j < kValues; j++) biggest = max2(biggest, v[j] < 0 ? -v[j] : v[j]), all += v[j];
+    biggest = group_max<32 / kValues>(biggest), all = group_sum<32 / kValues>(all);
+    const float d = all != all ? all : biggest / 127;  // NaN stays
+    int quants[kValues], sum = 0;
 #pragma unroll
     for (int j = 0; j < kValues; j++) {
         float q = d > 0 ? __builtin_rintf(v[j] / d) : 0;
         q = q < 127 ? q : 127;
         q = q > -127 ? q : -127;
-        block->qs[i % 32 + j] = (int8_t)q;
+        sum += quants[j] = (int)q;
     }
-    if (i % 32) return;
-    block->d = float_to_half(d);
-    block->s = float_to_half(sum);
+    sum += shuffle_xor<1>(sum), sum += shuffle_xor<2>(sum);  // over 16 values
+    if constexpr (kValues == 1) sum += shuffle_xor<7>(sum), sum += shuffle_xor<15>(sum);
+    if (!inside) return;
+    const uint32_t units = (uint32_t)n_padded / kUnitWeights, u = (uint32_t)i / kUnitWeights, at = (uint32_t)i % 64;
+    uint8_t* piece = column + (at / 16 * units + u) * 16 + at % 16;
+#pragma unroll
+    for (int j = 0; j < kValues; j++) piece[j] = (uint8_t)quants[j];
+    uint8_t* scales = column + (4 * units + u) * 16 + at / 32 * 8;
+    if (at % 32 == 0) *(float*)scales = d;
+    if (at % 16 == 0) *(int16_t*)(scales + 4 + at % 32 / 8) = (int16_t)sum;
 }
 
-// Value i of row `row`, of n, as a float and as one of q8_1, where they are wanted; 0 from n on. Whole teams come here.
-HQ_INLINE void store_activation(float v, float* y, void* q, uint64_t row, int i, int n, int n_padded) {
-    if (y && i < n) y[row * n + i] = v;
-    if (q) store_q8_1<1>((q8_1*)q + row * (n_padded / 32), i, &v, i < n_padded);
+// Bytes of a column of activations in planes.
+HQ_INLINE uint64_t column_bytes(int n_padded) { return (uint64_t)((uint32_t)n_padded / kUnitWeights) * kActivationBytes; }
+
+// Value i of row `row`, as a float and as one in planes, where they are wanted; whole teams come here, up to n_padded.
+HQ_INLINE void store_activation(float v, float* y, void* q, uint64_t row, int i, int n_padded) {
+    if (y && i < n_padded) y[row * n_padded + i] = v;
+    if (q) store_activations<1>((uint8_t*)q + row * column_bytes(n_padded), n_padded, i, &v, i < n_padded);
 }

@@ -15,6 +15,15 @@ HQ_INLINE KScales k_scales(uint32_t a, uint32_t b, uint32_t c, uint32_t chunk) {
     return {(c & 0x0F0F) | (a >> 2 & 0x3030), (c >> 4 & 0x0F0F) | (b >> 2 & 0x3030)};
 }
 
+// The same as one word: bytes 0 and 1 are the scales, 2 and 3 the minimums. Without a branch, as loops leave `chunk` as
+// it is.
+HQ_INLINE uint32_t packed_k_scales(uint32_t a, uint32_t b, uint32_t c, uint32_t chunk) {
+    const uint32_t later = opaque(0u - (chunk >> 1 & 1));
+    const uint32_t first = halves_of(a, b, chunk & 1), nibbles = halves_of(c, c, chunk & 1);
+    const uint32_t second = (first >> 2 & 0x30303030) | (nibbles & 0x00000F0F) | (nibbles >> 4 & 0x0F0F0000);
+    return (second & later) | (first & 0x3F3F3F3F & ~later);
+}
+
 // Scale and minimum of sub-block g, from the 12 bytes of its block.
 HQ_INLINE KScales k_scales_of(const uint8_t* scales, int g) {
     const KScales pair = k_scales(load4(scales), load4(scales + 4), load4(scales + 8), g / 2);

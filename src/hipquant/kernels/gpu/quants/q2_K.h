@@ -44,4 +44,42 @@ struct Q2_K {
     HQ_INLINE float dmin(const Unit& v) { return half_to_float(v.dm >> 16); }
     HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)(v.scales >> 16 * s & 15); }
     HQ_INLINE float sub_minimum(const Unit& v, int s) { return (float)(v.scales >> (16 * s + 4) & 15); }
+
+    // A unit is a quarter of a block: a piece, of whose word j byte b has weight 16s + 4j + b in bits 2s, 2s + 1; its
+    // 4 bytes of scales; d and dmin of the super-block, which 4 units share.
+    struct Planes {
+        static constexpr int kOffset = 0, kShift = 0, kSub = 16, kBytes = 84;
+        static constexpr bool kMin = true;
+        struct Unit {
+            Words<16> q;
+            Words<4> scales, dm;
+        };
+        HQ_INLINE Unit load(const PlaneRow& r, uint32_t u) {
+            return {load_stream<16>(r.piece<1>(u, 0)), load_stream<4>(r.at<16, 4>(u)),
+                load_stream<4>(r.at_super<20, 4>(u))};
+        }
+        HQ_INLINE void store(const PlaneRow& r, uint32_t u, const Unit& v) {
+            store_vector<16>(r.piece<1>(u, 0), v.q), store_vector<4>(r.at<16, 4>(u), v.scales);
+            if (u % 4 == 0) store_vector<4>(r.at_super<20, 4>(u), v.dm);
+        }
+        HQ_INLINE Unit gather(const Block* blocks, uint32_t u, int) {
+            const Block& b = blocks[u / 4];
+            const int c = (int)(u % 4);
+            Unit r{{}, {load4(b.scales + 4 * c)}, {b.d | (uint32_t)b.dmin << 16}};
+#pragma unroll
+            for (int i = 0; i < 16; i++) r.q.w[i % 4] |= Q2_K::word(b, 16 * c + i) << 2 * (i / 4);
+            r.q = flipped(r.q);
+            return r;
+        }
+        // Each two bits stay in place: 4^g times as much, the last ones less 2.
+        HQ_INLINE constexpr int place(int g) { return 2 * g; }
+        HQ_INLINE constexpr int centre(int g) { return g == 3 ? 2 : 0; }
+        HQ_INLINE uint32_t placed(const Unit& v, int i) { return v.q.w[i % 4] & 0x03030303u << 2 * (i / 4); }
+        HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<2>(placed(v, i), place(i / 4), centre(i / 4)); }
+        HQ_INLINE float d(const Unit& v) { return half_to_float(v.dm.w[0] & 0xFFFF); }
+        HQ_INLINE float dmin(const Unit& v) { return half_to_float(v.dm.w[0] >> 16); }
+        HQ_INLINE int sub_scale(const Unit& v, int g) { return byte_at(v.scales.w[0] & 0x0F0F0F0F, g); }
+        HQ_INLINE uint32_t sub_minimums(const Unit& v) { return v.scales.w[0] >> 4 & 0x0F0F0F0F; }
+        HQ_INLINE int sub_minimum(const Unit& v, int g) { return byte_at(sub_minimums(v), g); }
+    };
 };

@@ -43,4 +43,37 @@ struct Q4_K {
     HQ_INLINE float dmin(const Unit& v) { return half_to_float(v.dm >> 16); }
     HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)(v.k.scales >> 8 * s & 0xFF); }
     HQ_INLINE float sub_minimum(const Unit& v, int s) { return (float)(v.k.minimums >> 8 * s & 0xFF); }
+
+    // A unit is a chunk: its 32 bytes of qs as two pieces; d, dmin and scales of the super-block, which 4 units share.
+    struct Planes {
+        static constexpr int kOffset = 0, kShift = 0, kSub = 32, kBytes = 144;
+        static constexpr bool kMin = true;
+        struct Unit {
+            Words<16> q[2], head;
+            uint32_t scales;  // and minimums of the unit
+        };
+        HQ_INLINE Unit load(const PlaneRow& r, uint32_t u) {
+            const Words<16> head = load_stream<16>(r.at_super<32, 16>(u));
+            return {{load_stream<16>(r.piece<2>(u, 0)), load_stream<16>(r.piece<2>(u, 1))}, head,
+                packed_k_scales(head.w[1], head.w[2], head.w[3], u % 4)};
+        }
+        HQ_INLINE void store(const PlaneRow& r, uint32_t u, const Unit& v) {
+            store_vector<16>(r.piece<2>(u, 0), v.q[0]), store_vector<16>(r.piece<2>(u, 1), v.q[1]);
+            if (u % 4 == 0) store_vector<16>(r.at_super<32, 16>(u), v.head);
+        }
+        HQ_INLINE Unit gather(const Block* blocks, uint32_t u, int) {
+            const Block& b = blocks[u / 4];
+            const uint8_t* qs = b.qs + 32 * (u % 4);
+            return {{flipped(load_halves<16>(qs)), flipped(load_halves<16>(qs + 16))}, load_halves<16>(&b), {}};
+        }
+        // Low nibbles stay in place, with the high ones less 8 as 16 times as much.
+        HQ_INLINE constexpr int place(int g) { return g >= 2 ? 4 : 0; }
+        HQ_INLINE constexpr int centre(int g) { return g >= 2 ? 8 : 0; }
+        HQ_INLINE uint32_t placed(const Unit& v, int i) { return v.q[i / 4 % 2].w[i % 4] & (i >= 8 ? 0xF0F0F0F0 : 0x0F0F0F0F); }
+        HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<4>(placed(v, i), place(i / 4), centre(i / 4)); }
+        HQ_INLINE float d(const Unit& v) { return half_to_float(v.head.w[0] & 0xFFFF); }
+        HQ_INLINE float dmin(const Unit& v) { return half_to_float(v.head.w[0] >> 16); }
+        HQ_INLINE int sub_scale(const Unit& v, int g) { return byte_at(v.scales, g); }
+        HQ_INLINE int sub_minimum(const Unit& v, int g) { return byte_at(v.scales, 2 + g); }
+    };
 };

@@ -36,4 +36,42 @@ struct Q5_0 {
     HQ_INLINE uint32_t position(uint32_t) { return 0; }
     HQ_INLINE uint32_t word(const Unit& v, int, int i) { return integers(v.q.w[i % 4], v.flipped, i); }
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.d); }
+
+    // A unit is two blocks: pieces | qs of the first | qs of the second |, then a word of fifth bits for each, then
+    // | d | d |. Bit i of byte b of such a word: the fifth bit of weight 4i + b.
+    struct Planes {
+        static constexpr int kOffset = 16, kShift = 3, kSub = 0, kBytes = 176;
+        static constexpr bool kMin = false;
+        struct Unit {
+            Words<16> q[2];
+            Words<8> fifth;
+            Words<4> d;
+        };
+        HQ_INLINE Unit load(const PlaneRow& r, uint32_t u) {
+            return {{load_stream<16>(r.piece<2>(u, 0)), load_stream<16>(r.piece<2>(u, 1))},
+                load_stream<8>(r.at<32, 8>(u)), load_stream<4>(r.at<40, 4>(u))};
+        }
+        HQ_INLINE void store(const PlaneRow& r, uint32_t u, const Unit& v) {
+            store_vector<16>(r.piece<2>(u, 0), v.q[0]), store_vector<16>(r.piece<2>(u, 1), v.q[1]);
+            store_vector<8>(r.at<32, 8>(u), v.fifth), store_vector<4>(r.at<40, 4>(u), v.d);
+        }
+        HQ_INLINE Unit gather(const Block* blocks, uint32_t u, int halves) {
+            Unit r{};
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                if (h == halves) break;
+                const Block& b = blocks[2 * u + h];
+                for (int i = 0; i < 8; i++)
+                    put_five(r.q[h].w[i % 4], r.fifth.w[h], (Q5_0::word(b, i) ^ 0x80808080) >> 3, i, i & 4);
+                r.d.w[0] |= (uint32_t)b.d << 16 * h;
+            }
+            return r;
+        }
+        // The high nibbles have the upper four bits, less 16 as 8 times as much.
+        HQ_INLINE constexpr int place(int g) { return g % 2 ? 3 : 0; }
+        HQ_INLINE constexpr int centre(int g) { return g % 2 ? 16 : 0; }
+        HQ_INLINE uint32_t placed(const Unit& v, int i) { return placed_five(v.q[i / 8].w[i % 4], v.fifth.w[i / 8], i, i & 4); }
+        HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<5>(placed(v, i), place(i / 4), centre(i / 4)); }
+        HQ_INLINE float d(const Unit& v, int h) { return half_to_float(v.d.w[0] >> 16 * h & 0xFFFF); }
+    };
 };

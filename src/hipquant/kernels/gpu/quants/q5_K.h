@@ -52,4 +52,44 @@ struct Q5_K {
     HQ_INLINE float dmin(const Unit& v) { return half_to_float(v.dm >> 16); }
     HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)(v.k.scales >> 8 * s & 0xFF); }
     HQ_INLINE float sub_minimum(const Unit& v, int s) { return (float)(v.k.minimums >> 8 * s & 0xFF); }
+
+    // A unit is a chunk: its 32 bytes of qs as two pieces; a word of fifth bits for each of its sub-blocks, that of
+    // weight 4i + b in bit i of byte b; d, dmin and scales of the super-block, which 4 units share.
+    struct Planes {
+        static constexpr int kOffset = 0, kShift = 0, kSub = 32, kBytes = 176;
+        static constexpr bool kMin = true;
+        struct Unit {
+            Words<16> q[2], head;
+            Words<8> fifth;
+            uint32_t scales;  // and minimums of the unit
+        };
+        HQ_INLINE Unit load(const PlaneRow& r, uint32_t u) {
+            const Words<16> head = load_stream<16>(r.at_super<40, 16>(u));
+            return {{load_stream<16>(r.piece<2>(u, 0)), load_stream<16>(r.piece<2>(u, 1))}, head,
+                load_stream<8>(r.at<32, 8>(u)), packed_k_scales(head.w[1], head.w[2], head.w[3], u % 4)};
+        }
+        HQ_INLINE void store(const PlaneRow& r, uint32_t u, const Unit& v) {
+            store_vector<16>(r.piece<2>(u, 0), v.q[0]), store_vector<16>(r.piece<2>(u, 1), v.q[1]);
+            store_vector<8>(r.at<32, 8>(u), v.fifth);
+            if (u % 4 == 0) store_vector<16>(r.at_super<40, 16>(u), v.head);
+        }
+        HQ_INLINE Unit gather(const Block* blocks, uint32_t u, int) {
+            const Block& b = blocks[u / 4];
+            const int c = (int)(u % 4);
+            Unit r{{}, load_halves<16>(&b), {}, {}};
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                put_five(r.q[i / 4 % 2].w[i % 4], r.fifth.w[i / 8], Q5_K::word(b, 16 * c + i), i, i >= 8);
+            return r;
+        }
+        // The high nibbles have the upper four bits, less 16 as 8 times as much.
+        HQ_INLINE constexpr int place(int g) { return g >= 2 ? 3 : 0; }
+        HQ_INLINE constexpr int centre(int g) { return g >= 2 ? 16 : 0; }
+        HQ_INLINE uint32_t placed(const Unit& v, int i) { return placed_five(v.q[i / 4 % 2].w[i % 4], v.fifth.w[i / 8], i, i >= 8); }
+        HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<5>(placed(v, i), place(i / 4), centre(i / 4)); }
+        HQ_INLINE float d(const Unit& v) { return half_to_float(v.head.w[0] & 0xFFFF); }
+        HQ_INLINE float dmin(const Unit& v) { return half_to_float(v.head.w[0] >> 16); }
+        HQ_INLINE int sub_scale(const Unit& v, int g) { return byte_at(v.scales, g); }
+        HQ_INLINE int sub_minimum(const Unit& v, int g) { return byte_at(v.scales, 2 + g); }
+    };
 };

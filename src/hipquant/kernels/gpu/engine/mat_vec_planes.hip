@@ -1,0 +1,209 @@
+// `mul_mat_vec_planes_*`: weights in planes times 1 to 8 columns of activations, and what follows (mat_vec_then.h). One,
+// two or four teams of a block share two or four rows; a lane takes a unit of each at a time, times all columns.
+#include "types.h"
+#include "mat_vec_then.h"
+
+constexpr int kBlockTeams = 4;
+
+// A lane's part of the pair of rows times its part of the columns.
+template <class Q> struct QuantizedWeights {
+    using P = typename Q::Planes;
+    using Unit = typename P::Unit;
+    using Column = ActivationUnit;
+
+    HQ_INLINE uint32_t count(uint32_t units) { return units; }
+    HQ_INLINE Unit load(const PlaneRow& row, uint32_t u) { return P::load(row, u); }
+    HQ_INLINE Column load_column(const void* y, int n_padded, int column, uint32_t u) {
+        return load_activations(
+            (const uint8_t*)y + column * column_bytes(n_padded), (uint32_t)n_padded / kUnitWeights, u);
+    }
+    // 2^place times the sum of weights 16g to 16g + 15 times their activations.
+    HQ_INLINE int dot16(const Unit& w, const Column& y, int g) {
+        int sum = (P::centre(g) - P::kOffset) * (1 << P::place(g)) * y.sum16(g);
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum = dot4(P::placed(w, 4 * g + i), y.q[g].w[i], sum);
+        return sum;
+    }
+    HQ_INLINE float add(const Unit& w, const Column& y, float acc) {
+        float sum = 0, low = 0;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int a = 2 * h, b = a + 1, top = P::place(a) > P::place(b) ? P::place(a) : P::place(b);
+            const float d = y.d(h) * (1.0f / (1 << top));
+            int first = dot16(w, y, a), second = dot16(w, y, b);
+            if constexpr (P::kSub == 16) first *= P::sub_scale(w, a), second *= P::sub_scale(w, b);
+            int product = first * (1 << (top - P::place(a))) + second * (1 << (top - P::place(b)));
+            if constexpr (P::kSub == 32) product *= P::sub_scale(w, h);
+            if constexpr (P::kSub == 0) {
+                acc = __builtin_fmaf((float)product, P::d(w, h) * d, acc);
+                if constexpr (P::kMin) acc = __builtin_fmaf(y.sum32(h), -P::minimum(w, h), acc);
+                continue;
+            }
+            sum = __builtin_fmaf((float)product, d, sum);
+            if constexpr (P::kMin && P::kSub == 16)
+                low = __builtin_fmaf((float)dot2(y.sums(h), P::sub_minimums(w), h, 0), y.d(h), low);
+            if constexpr (P::kMin && P::kSub == 32)
+                low = __builtin_fmaf((float)P::sub_minimum(w, h), y.sum32(h), low);
+        }
+        if constexpr (P::kSub) acc = __builtin_fmaf(P::d(w), sum, acc);
+        if constexpr (P::kSub && P::kMin) acc = __builtin_fmaf(-P::dmin(w), low, acc);
+        return acc;
+    }
+};
+
+// Rows of floats, halves or bfloat16, filled up with zeros to units, and columns of floats: 8 of them at a time.
+template <class F> struct FloatWeights {
+    static constexpr int kWords = 8 / F::kInWord;
+    struct Unit {
+        Words<16> w[kWords / 4];
+    };
+    struct Column {
+        Words<16> v[2];
+    };
+    HQ_INLINE uint32_t count(uint32_t units) { return 8 * units; }
+    HQ_INLINE Unit load(const PlaneRow& row, uint32_t u) {
+        const uint8_t* from = row.x + ((uint64_t)row.row * row.units * 8 + u) * (4 * kWords);
+        Unit r;
+#pragma unroll
+        for (int i = 0; i < kWords / 4; i++) r.w[i] = load_stream<16>(from + 16 * i);
+        return r;
+    }
+    HQ_INLINE Column load_column(const void* y, int n_padded, int column, uint32_t u) {
+        const float* from = (const float*)y + (int64_t)column * n_padded + 8 * u;
+        return {load_vector<16>(from), load_vector<16>(from + 4)};
+    }
+    HQ_INLINE float add(const Unit& w, const Column& y, float acc) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t word = w.w[i / F::kInWord / 4].w[i / F::kInWord % 4];
+            acc = __builtin_fmaf(F::value(word, i % F::kInWord), bits<float>(y.v[i / 4].w[i % 4]), acc);
+        }
+        return acc;
+    }
+};
+struct WordsF32 {
+    static constexpr int kInWord = 1;
+    HQ_INLINE float value(uint32_t w, int) { return bits<float>(w); }
+};
+struct WordsF16 {
+    static constexpr int kInWord = 2;
+    HQ_INLINE float value(uint32_t w, int i) { return half_to_float(w >> 16 * i & 0xFFFF); }
+};
+struct WordsBF16 {
+    static constexpr int kInWord = 2;
+    HQ_INLINE float value(uint32_t w, int i) { return bits<float>(i ? w & 0xFFFF0000 : w << 16); }
+};
+
+struct Product {
+    const void *x, *y;
+    const float* squares;  // of the columns, [column][group of 32]; null: they are normed already
+    float eps;
+    int ncols, nrows, columns, n_padded;
+};
+
+// Log2 of the teams that share a group of rows: as many as have something to do.
+HQ_INLINE int log2_share(uint32_t units) { return units <= 32 ? 0 : units <= 64 || (units > 128 && units <= 192) ? 1 : 2; }
+
+// 1 / rms of a column, from the sums of squares of its groups.
+HQ_INLINE float inverse_rms(const float* squares, int n, float eps) {
+    float sum = 0;
+    for (int i = thread_x(); i < (n + 31) / 32; i += 32) sum += squares[i];
+    return 1 / square_root(team_sum(sum) / (float)n + eps);
+}
+
+// Rows that share their columns, of which a thread takes units `lane`, `lane` + `lanes`, ... of `count`, loaded one in
+// advance.
+template <class W, int kRows> struct Rows {
+    PlaneRow rows[kRows];
+    uint32_t lane, lanes, count;
+    typename W::Unit ahead[kRows];
+
+    HQ_MEMBER void load_first() {
+#pragma unroll
+        for (int r = 0; r < kRows; r++) ahead[r] = W::load(rows[r], lane < count ? lane : count - 1);
+    }
+    // Adds the products with `columns` of kColumns columns from `first` on to acc[column][row].
+    template <int kColumns> HQ_MEMBER void multiply(float* acc, const Product& p, int first, int columns) {
+        for (uint32_t u = lane; u < count; u += lanes) {
+#pragma unroll
+            for (int c = 0; c < kColumns; c++) {
+                const auto y = W::load_column(p.y, p.n_padded, first + (c < columns ? c : columns - 1), u);
+#pragma unroll
+                for (int r = 0; r < kRows; r++) {
+                    float& sum = acc[kRows * c + r];
+                    sum = W::add(ahead[r], y, sum);
+                    if (kColumns > 1) sum = computed_here(sum);  // or all columns are loaded first
+                }
+            }
+            if (u + lanes >= count) break;
+#pragma unroll
+            for (int r = 0; r < kRows; r++) ahead[r] = W::load(rows[r], u + lanes);
+        }
+    }
+};
+
+template <class W, int kColumns, int kRows> HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
+    constexpr int kPairs = kRows / 2;
+    HQ_SHARED float partial[kBlockTeams][kRows * kColumns], scales[kColumns];
+    let_next_begin();
+    const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights;
+    const int log2 = log2_share(units), share = 1 << log2, groups = kBlockTeams >> log2, team = thread_y();
+    const int first = (int)block_x() * groups * kPairs, pair = first + (team >> log2) * kPairs;
+    const int pairs = (p.nrows + 1) / 2;
+    Rows<W, kRows> weights;
+    weights.lanes = 32u << log2, weights.lane = (uint32_t)((team & (share - 1)) * 32 + thread_x());
+    weights.count = W::count(units);
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+        const int row = then.kind == kGate ? pair + r / 2 + (r % 2 ? pairs : 0) : 2 * pair + r;
+        weights.rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, (uint32_t)(row < p.nrows ? row : p.nrows - 1)};
+    }
+    weights.load_first();
+    wait_for_inputs();
+
+    const int skipped = (int)block_y() * kColumns, left = p.columns - skipped;
+    const int columns = left < kColumns ? left : kColumns;
+    float acc[kRows * kColumns] = {};
+    weights.template multiply<kColumns>(acc, p, skipped, columns);
+    const int which = team_sums<kRows * kColumns>(acc);
+    if (which >= 0) partial[team][which] = acc[0];
+    for (int c = team; c < columns; c += kBlockTeams) {
+        const float* squares = p.squares + (int64_t)(skipped + c) * ((p.ncols + 31) / 32);
+        const float scale = p.squares ? inverse_rms(squares, p.ncols, p.eps) : 1;
+        if (thread_x() == 0) scales[c] = scale;
+    }
+    barrier();
+    const int i = team * 32 + thread_x(), c = i % kColumns, at = i / kColumns;  // a pair and a column
+    if (at < groups * kPairs && c < columns && first + at < pairs) {
+        float v[2] = {0, 0};
+        for (int t = 0; t < share; t++)
+            for (int r = 0; r < 2; r++) v[r] += partial[(at / kPairs << log2) + t][kRows * c + at % kPairs * 2 + r];
+        store_pair(then, skipped + c, first + at, p.nrows, v[0] * scales[c], v[1] * scales[c]);
+    }
+    if (then.kind == kGate) finish_group<kBlockTeams>(then, columns, first, groups * kPairs, pairs);
+    if (then.kind == kAddAndNorm) finish_group<kBlockTeams>(then, columns, 2 * first, 2 * groups * kPairs, p.nrows);
+}
+
+// Rows that share the loads of their columns (H200, 2026-11-22).
+constexpr int rows_at_once(int columns) { return columns <= 2 ? 4 : 2; }
+
+#define HQ_ENTRY(suffix, W, columns)                                                                                   \
+    HQ_KERNEL(128)                                                                                                     \
+    mul_mat_vec_planes_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps,             \
+        int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst,  \
+        int then, const float* weight, float* normed, void* q, float* sums, int* counters, int n_padded_q,             \
+        uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,     \
+        int n_head_kv, int head_dim, int n_rot, int n_context) {                                                       \
+        mul_mat_vec_planes<W, columns, rows_at_once(columns)>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},      \
+            {then, bias, dst, first, nrows_dst, weight, normed, (uint8_t*)q, sums, counters, n_padded_q, k_cache,      \
+                v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context});                        \
+    }
+#define HQ_ENTRIES(suffix, W) HQ_ENTRY(suffix, W, 1) HQ_ENTRY(suffix, W, 2) HQ_ENTRY(suffix, W, 4) HQ_ENTRY(suffix, W, 8)
+#define HQ_QUANTIZED(suffix, Q) HQ_ENTRIES(suffix, QuantizedWeights<Q>)
+HQ_PLANES(HQ_QUANTIZED)
+HQ_ENTRIES(f32, FloatWeights<WordsF32>)
+HQ_ENTRIES(f16, FloatWeights<WordsF16>)
+HQ_ENTRIES(bf16, FloatWeights<WordsBF16>)
+#undef HQ_ENTRY
+#undef HQ_ENTRIES
+#undef HQ_QUANTIZED

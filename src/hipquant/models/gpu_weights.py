@@ -1,0 +1,261 @@
+"""Weights on a GPU: in planes (kernels/gpu/planes.h), each tensor once, and what multiplies with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import wiring
+from ..codeobjects import ENGINE, QUANTIZED
+from ..driver import Buffer, Device
+from ..errors import OutOfDeviceMemoryError
+from ..gguf_file import GGUFFile, TensorInfo
+from ..quants import FLOAT_TYPES, UNIT, QuantType, activation_bytes, padded, plane_bytes, plane_units
+from ..wiring import PLANE_BATCHES
+from .layers import PART, Bytes, Kernels, Matrix, Sizes, Weights
+
+if TYPE_CHECKING:
+    from .gpu import GpuBlocks
+
+ALIGNMENT = 256  # of a tensor, of a part of the blocks' memory
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Activations:
+    """Columns of k activations: in planes for quantized weights, as floats for float ones; padded with zeros.
+
+    Where `squares` is set, they are yet to be divided by the root mean square, which comes out of these sums.
+    """
+
+    def __init__(self, k: int, planes: Buffer, floats: Buffer, eps: float) -> None:
+        self.k, self.n_padded, self.planes, self.floats, self.eps = k, padded(k), planes, floats, eps
+        self.squares: Buffer | None = None
+
+    def of(self, quantized: bool, first: int) -> int:
+        """The address of a column."""
+        if quantized:
+            return self.planes.address + first * activation_bytes(self.n_padded)
+        return self.floats.address + 4 * self.n_padded * first
+
+    def squares_of(self, first: int) -> int | None:
+        return self.squares.address + 4 * -(-self.k // 32) * first if self.squares else None
+
+
+class ThenKind(IntEnum):
+    """What becomes of the results of a mat-vec, as kernels/gpu/engine/mat_vec_then.h numbers it."""
+
+    STORE = 0
+    ADD_AND_NORM = 1
+    GATE = 2
+    ROPE_AND_STORE = 3
+
+
+@dataclass
+class Then:
+    """What becomes of the results of a mat-vec: its kind, and the kernel's parameters for it."""
+
+    kind: ThenKind = ThenKind.STORE
+    stride: int = 0  # of the columns of what is written; 0: as many as there are rows
+    norm: tuple[object, ...] = (None, None, None, None, None, 0)  # weight, floats, planes, sums, counters, n_padded
+    rope: tuple[object, ...] = (None, None, None, None, None, 1, 1, 2, 0, 1)  # caches to n_context
+
+
+@dataclass
+class Run:
+    """Rows of one type that lie side by side: one product. They are rows `at` and on of the result."""
+
+    type: QuantType
+    rows: int
+    at: int
+    weights: Buffer
+
+    @property
+    def quantized(self) -> bool:
+        return self.type not in FLOAT_TYPES
+
+
+@dataclass
+class Products:
+    """Matrices on the same k activations, as one with `rows` rows: launched as few times as their types allow."""
+
+    kernels: Kernels
+    k: int
+    runs: list[Run]
+    bias: Buffer | None
+    rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = sum(run.rows for run in self.runs)
+
+    def wants(self, x: Activations) -> tuple[Buffer | None, Buffer | None]:
+        """Where their activations must be made: as floats, in planes, or both."""
+        float_ones = any(not run.quantized for run in self.runs)
+        return x.floats if float_ones else None, x.planes if any(run.quantized for run in self.runs) else None
+
+    def few(self, x: Activations, dst: Buffer, n: int, first: int = 0, then: Then | None = None) -> None:
+        """Columns `first` and on of x, at most 8, times the weights; `then` says what becomes of it."""
+        for run in self.runs:
+            self._mat_vec(run, x, dst, n, first, then or Then())
+
+    def many(self, x: Activations, dst: Buffer, n: int) -> None:
+        """dst[n][rows] = columns of x times the weights, plus the biases."""
+        for run in self.runs:
+            if not run.quantized:
+                self._mat_vec(run, x, dst, n, 0, Then(), bias=False)
+                continue
+            kernel, to = wiring.find("mul_mat_planes", run.type), dst.address + 4 * run.at
+            grid = kernel.grid(nrows=run.rows, ncols=n)
+            self.kernels(kernel, grid, run.weights, x.planes, to, self.k, run.rows, n, x.n_padded, self.rows)
+        if self.bias is not None:
+            add = wiring.kernel("add_bias_rows_f32")
+            self.kernels(add, add.grid(n=self.rows, rows=n), dst, self.bias, self.rows, self.rows)
+
+    def _mat_vec(
+        self, run: Run, x: Activations, dst: Buffer, n: int, first: int, then: Then, bias: bool = True
+    ) -> None:
+        batch = next((b for b in PLANE_BATCHES if b >= n), PLANE_BATCHES[-1])
+        kernel = wiring.find("mul_mat_vec_planes", run.type, batch=batch)
+        grid = kernel.grid(nrows=run.rows, units=plane_units(self.k), ncols=n)
+        y, squares = x.of(run.quantized, first), x.squares_of(first)
+        biases = self.bias if bias else None
+        self.kernels(kernel, grid, run.weights, y, squares, x.eps, self.k, run.rows, n, x.n_padded, biases, dst,
+                     run.at, then.stride or self.rows, int(then.kind), *then.norm, *then.rope)  # fmt: skip
+
+
+class GpuWeights(Weights[Products]):
+    """Weights in a GPU's memory, in one place, each tensor once, copied through pinned memory."""
+
+    def __init__(self, file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None = None) -> None:
+        for code_object in (QUANTIZED, ENGINE):  # what is missing is said now, not at the first launch
+            device.load(code_object)
+        super().__init__(file, device, progress)
+        self._place: Buffer | None = None
+        self._used = 0
+        self._there: dict[str, Buffer] = {}
+        self._pinned: list[Bytes] = []
+        self._staged: list[Buffer] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all tensors of the file take on the device."""
+        return sum(aligned(_bytes_there(t)) for t in self.file.tensors.values())
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes that loading takes beside them."""
+        return 2 * PART
+
+    def blocks(self, sizes: Sizes, embedding: str, output: str, sequences: int, context: int) -> GpuBlocks:
+        from .gpu import GpuBlocks
+
+        return GpuBlocks(self, sizes, embedding, output, sequences, context)
+
+    def embedding(self, name: str, rows: int, k: int) -> Buffer:
+        return self._upload([self.info(name, (rows, k))])
+
+    def products(self, k: int, *matrices: Matrix) -> Products:
+        runs: list[Run] = []
+        infos, at = [self.info(m.name, (m.rows, k)) for m in matrices], 0
+        for alike in _alike(infos):
+            rows = sum(info.shape[0] for info in alike)
+            runs.append(Run(alike[0].type, rows, at, self._upload(alike)))
+            self.memory += sum(info.nbytes for info in alike)
+            at += rows
+        return Products(self.kernels, k, runs, self._biases(matrices))
+
+    def _biases(self, matrices: tuple[Matrix, ...]) -> Buffer | None:
+        """One for all rows, 0 where a matrix has none; None if none has."""
+        there = [m.bias is not None and m.bias in self.file.tensors for m in matrices]
+        if not any(there):
+            return None
+        parts = [
+            self.floats(m.bias, m.rows) if m.bias and have else np.zeros(m.rows, np.float32)
+            for m, have in zip(matrices, there, strict=True)
+        ]
+        return self.device.upload(np.concatenate(parts))
+
+    def finish(self) -> None:
+        self._pinned.clear()
+        self._staged.clear()
+
+    def reserve(self) -> None:
+        """Takes the place for all weights."""
+        self._place = self.device.allocate(self.nbytes, f"the weights of {self.file.path.name}")
+
+    def _upload(self, infos: list[TensorInfo]) -> Buffer:
+        """Tensors of one type as one matrix; once, where an embedding is also the output."""
+        names = " ".join(info.name for info in infos)
+        if names not in self._there:
+            if self._place is None:
+                self.reserve()
+            assert self._place is not None
+            nbytes = sum(map(_bytes_there, infos))
+            to = self._there[names] = self._place.view(self._used, nbytes)
+            self._used += aligned(nbytes)
+            first, rows = 0, sum(info.shape[0] for info in infos)
+            for info in infos:
+                self._check_type(info)
+                self._copy(info, to, first, rows)
+                first += info.shape[0]
+        return self._there[names]
+
+    def _copy(self, info: TensorInfo, to: Buffer, first: int, rows: int) -> None:
+        """Rows `first` and on of a matrix. Through two pieces of pinned memory in turn: one is filled while the other
+        is on its way, and is moved into planes there."""
+        stream, k = self.kernels.stream, info.shape[-1]
+        row_bytes = info.type.row_bytes(k)
+        if not self._pinned:
+            self._pinned = [self.device.allocate_host(PART) for _ in range(2)]
+            self._staged = [self.device.allocate(PART, "weights on their way") for _ in range(2)]
+        held = max(row_bytes, _float_row_bytes(info.type, k))
+        if held > PART:
+            raise OutOfDeviceMemoryError(held, PART, f"a row of tensor {info.name!r} in pinned memory")
+        for i, (at, n, part) in enumerate(self._checked_parts(info, PART // held, k)):
+            pinned, staged = self._pinned[i % 2], self._staged[i % 2]
+            if info.type in FLOAT_TYPES:
+                wide = _float_row_bytes(info.type, k)
+                filled = pinned[: n * wide].reshape(n, wide)
+                filled[:, :row_bytes] = part.reshape(n, row_bytes)
+                filled[:, row_bytes:] = 0
+                stream.synchronize()  # the piece before has arrived
+                to.write_async(pinned[: n * wide], stream, (first + at) * wide)
+            else:
+                pinned[: part.nbytes] = part
+                stream.synchronize()
+                staged.write_async(pinned[: part.nbytes], stream)
+                repack = wiring.find("repack", info.type)
+                grid = repack.grid(nrows=n, units=plane_units(k))
+                self.kernels(repack, grid, staged, to, k, n, first + at, rows)
+            self._count(part.nbytes, 0)
+        stream.synchronize()
+
+
+def _float_row_bytes(type: QuantType, k: int) -> int:
+    """Bytes of a row of a float type, filled up to whole units; 0 for quantized types."""
+    return plane_units(k) * UNIT * type.block_bytes if type in FLOAT_TYPES else 0
+
+
+def _bytes_there(info: TensorInfo) -> int:
+    """Bytes of a tensor on the device: in planes, or floats in whole units."""
+    rows, k = info.nbytes // info.type.row_bytes(info.shape[-1]), info.shape[-1]
+    if info.type in FLOAT_TYPES:
+        return rows * _float_row_bytes(info.type, k)
+    return plane_bytes(info.type, rows, k)
+
+
+def _alike(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    """Neighbours of one type, which are multiplied in one launch."""
+    group: list[TensorInfo] = []
+    for info in infos:
+        if group and group[0].type is not info.type:
+            yield group
+            group = []
+        group.append(info)
+    yield group

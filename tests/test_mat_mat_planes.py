@@ -1,0 +1,144 @@
+"""`mul_mat_planes_*`: tiles of weights in planes times activations in planes, against float64.
+
+The kernels are simulated under AddressSanitizer and UBSan, by matrix units and by dot products. Where AMD_EMULATOR
+names a checkout of tinygrad, its emulator executes the machine code of four AMD targets as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import emulator
+import reference
+from emulator import Emulator
+from hipquant import wiring
+from hipquant.quants import WEIGHT_TYPES, QuantType, activation_bytes, padded, plane_bytes, plane_units, quant_type
+from hipquant.toolchain import gpu, simulate
+from hipquant.toolchain.cases import random_blocks
+from hipquant.toolchain.simulate import Simulator
+
+Raw = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Wide = npt.NDArray[np.float64]
+Backend = Simulator | Emulator
+
+UNIT, GUARD = 64, 3  # weights of a unit; rows of the result that belong to another matrix
+BY_DOTS, BY_MATRIX_UNITS = 1e-11, 4e-7  # NMSE of products in floats; of weights that are rounded to halves
+pytestmark = pytest.mark.skipif(
+    not simulate.can_sanitize(),
+    reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
+)
+
+SIMULATED = [
+    pytest.param((wave, units), id=f"wave{wave}-{'matrix-units' if units else 'dots'}")
+    for wave, units in ((32, False), (64, False), (32, True), (64, True))
+]
+EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
+
+
+@pytest.fixture(scope="module", params=SIMULATED + EMULATED)
+def backend(request: pytest.FixtureRequest) -> Iterator[tuple[Backend, float]]:
+    """Where kernels run, and the NMSE of what they give."""
+    if isinstance(request.param, str):
+        found: Backend = emulator.engine(request.param)
+        tolerance = BY_DOTS
+    else:
+        wave, units = request.param
+        sources = [gpu.ENGINE / "repack.hip", gpu.ENGINE / "mat_mat_planes.hip"]
+        found = simulate.build(wave, True, sources, matrix_units=units)
+        tolerance = BY_MATRIX_UNITS if units else BY_DOTS
+    yield found, tolerance
+    found.close()
+
+
+def weights(backend: Backend, kind: QuantType, rows: int, k: int) -> tuple[Raw, Wide]:
+    """A random matrix in planes, and its values."""
+    blocks = random_blocks(kind, rows, k)
+    planes = np.full(plane_bytes(kind, rows, k), 0xA5, np.uint8)
+    row = wiring.kernel(f"repack_{kind.suffix}")
+    backend.launch(row, row.grid(nrows=rows, units=plane_units(k)), (blocks, planes, k, rows, 0, rows))
+    return planes, reference.dequantize(kind, blocks, (rows, k)).astype(np.float64)
+
+
+def activations(x: Floats) -> tuple[Raw, Wide]:
+    """Columns in planes as `kernels/gpu/planes.h` describes them, and the values that these stand for."""
+    ncols, k = x.shape
+    units = padded(k) // UNIT
+    values = np.zeros((ncols, units, 2, 32), np.float32)
+    values.reshape(ncols, -1)[:, :k] = x
+    d = np.abs(values).max(-1) / np.float32(127)
+    with np.errstate(invalid="ignore"):
+        quants = np.where(d[..., None] > 0, np.rint(values / np.where(d > 0, d, 1)[..., None]), 0).astype(np.int8)
+    scales = np.zeros((ncols, units, 2, 4), np.int16)
+    scales[..., :2] = d[..., None].view(np.int16)
+    scales[..., 2:] = quants.reshape(ncols, units, 2, 2, 16).sum(-1, dtype=np.int16)
+    pieces = quants.reshape(ncols, units, 4, 16).swapaxes(1, 2).reshape(ncols, -1)
+    planes = np.concatenate([pieces.view(np.uint8), scales.reshape(ncols, -1).view(np.uint8)], axis=1)
+    assert planes.shape[1] == activation_bytes(padded(k))
+    return planes, (quants.astype(np.float64) * d[..., None]).reshape(ncols, -1)[:, :k]
+
+
+def product(backend: Backend, kind: QuantType, planes: Raw, y: Raw, rows: int, k: int) -> Floats:
+    """Columns of the product, which lie GUARD rows apart; nothing is written between them."""
+    stored = np.full((len(y), rows + GUARD), np.nan, np.float32)
+    row = wiring.kernel(f"mul_mat_planes_{kind.suffix}")
+    sizes = (k, rows, len(y), padded(k), rows + GUARD)
+    backend.launch(row, row.grid(nrows=rows, ncols=len(y)), (planes, y, stored, *sizes))
+    assert np.isnan(stored[:, rows:]).all()
+    return stored[:, :rows]
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda t: t.suffix)
+@pytest.mark.parametrize(
+    ("rows", "nblocks", "ncols"),
+    [
+        (1, 1, 1),  # half a unit
+        (130, 5, 3),  # an odd number of units, the last one half empty, and a second tile with 2 rows
+        (9, 8, 131),
+        (128, 17, 128),  # whole tiles; rows of activations that reach far into their padding
+    ],
+)
+def test_product(backend: tuple[Backend, float], kind: QuantType, rows: int, nblocks: int, ncols: int) -> None:
+    """As float64 has it, whatever rows, columns and weights of a row are left over by tiles."""
+    run, tolerance = backend
+    k = padded(32 * nblocks, kind.block_size)
+    planes, w = weights(run, kind, rows, k)
+    x = np.random.default_rng([rows, k, ncols]).standard_normal((ncols, k)).astype(np.float32)
+    y, values = activations(x)
+    found = product(run, kind, planes, y, rows, k)
+    assert reference.nmse(found, values @ w.T) < tolerance
+
+
+def test_a_column_that_is_not_finite_keeps_to_itself(backend: tuple[Backend, float]) -> None:
+    """NaN in a block of activations makes the results of its column NaN, and no others."""
+    run, tolerance = backend
+    kind, rows, k, ncols = quant_type("Q4_K"), 20, 256, 11
+    planes, w = weights(run, kind, rows, k)
+    x = np.random.default_rng(7).standard_normal((ncols, k)).astype(np.float32)
+    x[5, 70] = np.nan
+    y, values = activations(x)
+    found = product(run, kind, planes, y, rows, k)
+    assert np.isnan(found[5]).all()
+    others = np.arange(ncols) != 5
+    assert reference.nmse(found[others], values[others] @ w.T) < tolerance
+
+
+def test_small_and_great_weights(backend: tuple[Backend, float]) -> None:
+    """Weights of 1e-6 and of hundreds keep their bits where they pass through halves."""
+    run, tolerance = backend
+    kind, rows, k = quant_type("Q8_0"), 4, 64
+    blocks = random_blocks(kind, rows, k).reshape(rows, -1, kind.block_bytes)
+    scales = np.array([6e-8, 1e-5, 1, 7], np.float16)
+    blocks[..., :2] = scales.view(np.uint8).reshape(rows, 1, 2)
+    planes = np.zeros(plane_bytes(kind, rows, k), np.uint8)
+    row = wiring.kernel(f"repack_{kind.suffix}")
+    run.launch(row, row.grid(nrows=rows, units=1), (blocks.reshape(rows, -1), planes, k, rows, 0, rows))
+    y, values = activations(np.random.default_rng(3).standard_normal((2, k)).astype(np.float32))
+    found = product(run, kind, planes, y, rows, k)
+    w = reference.dequantize(kind, blocks.reshape(rows, -1), (rows, k)).astype(np.float64)
+    for i in range(rows):
+        assert reference.nmse(found[:, i], values @ w[i]) < tolerance
