@@ -19,7 +19,7 @@ import numpy as np
 
 import hipquant as hq
 from hipquant.ceiling import read_ceiling
-from hipquant.driver import Buffer, Device
+from hipquant.driver import Buffer, Device, gpu
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,9 +38,9 @@ def commit() -> str:
 
 
 def _runs_on(device: Device) -> dict[str, Any]:
-    if device.kind == "cpu":
-        return {"threads": device.threads}
-    return {"driver": ".".join(map(str, device.driver_version))}
+    if isinstance(device, gpu.Device):
+        return {"driver": ".".join(map(str, device.driver_version))}
+    return {"threads": device.threads}
 
 
 def header(device: Device) -> dict[str, Any]:
@@ -50,16 +50,12 @@ def header(device: Device) -> dict[str, Any]:
             [
                 "python",
                 f"benchmarks/{Path(sys.argv[0]).name}",
-                *(Path(a).name if Path(a).is_file() else a for a in sys.argv[1:]),
+                *(Path(a).name if Path(a).exists() else a for a in sys.argv[1:]),
             ]
         ),
         "device": device.name,
         "target": device.target.name,
-        **(
-            {"threads": device.threads}
-            if device.kind == "cpu"
-            else {"driver": ".".join(map(str, device.driver_version))}
-        ),
+        **_runs_on(device),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -81,7 +77,8 @@ def seconds(run: Callable[[], object]) -> float:
 def ceiling(device: Device, *sources: Buffer) -> float:
     """Prints and returns the read ceiling in GB/s, the best of the memory given."""
     found = max(read_ceiling(device, source) for source in sources or (None,)) / 1e9
-    print(f"  ceiling: {found:.1f} GB/s read by {device.threads} threads\n")
+    by = f" by {device.threads} threads" if device.kind == "cpu" else ""
+    print(f"  ceiling: {found:.1f} GB/s read{by}\n")
     return found
 
 

@@ -259,7 +259,7 @@ def _signed_offset(instruction: Any) -> int:
     """What an access to memory adds to its address."""
     name = "offset" if hasattr(instruction, "offset") else "ioffset"
     place = getattr(type(instruction), name)
-    sign = 1 << place.hi - place.lo
+    sign: int = 1 << place.hi - place.lo
     return (int(getattr(instruction, name)) ^ sign) - sign
 
 

@@ -13,20 +13,15 @@ import pytest
 
 import emulator
 from emulator import Emulator
-from hipquant import wiring
 from hipquant.quants import padded
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.simulate import Simulator
+from planes import QK, UNIT, UNIT_BYTES, Bytes, Floats, Wide, check_planes, launch
 
-Floats = npt.NDArray[np.float32]
-Wide = npt.NDArray[np.float64]
 Halves = npt.NDArray[np.uint16]
-Bytes = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int32]
 
 SOURCES = ["norm", "rope", "attention", "activation", "sample", "read"]
 NULL = 0
-QK, UNIT, UNIT_BYTES = 32, 64, 80  # values of a block and of a unit of activations in planes, and its bytes
 pytestmark = pytest.mark.skipif(
     not simulate.can_sanitize(),
     reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
@@ -53,14 +48,6 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng([ord(c) for c in request.node.name])
 
 
-def launch(
-    simulator: Simulator | Emulator, name: str, sizes: dict[str, int], *params: npt.NDArray[np.generic] | float
-) -> None:
-    """Launches a kernel of the table with the grid that it gives for `sizes`."""
-    row = wiring.kernel(name)
-    simulator.launch(row, row.grid(**sizes), params)  # type: ignore[arg-type]
-
-
 def poison(*shape: int) -> Floats:
     return np.full(shape, np.nan, np.float32)
 
@@ -81,31 +68,6 @@ def assert_close(found: npt.ArrayLike, expected: npt.ArrayLike, tolerance: float
     """Within a tolerance of the greatest of the expected values, and NaN where they are."""
     scale = float(np.nanmax(np.abs(np.asarray(expected, np.float64)), initial=0))
     np.testing.assert_allclose(found, expected, rtol=2 * tolerance, atol=tolerance * scale)
-
-
-def quantized(values: Floats, n_padded: int) -> tuple[Bytes, Floats, Ints]:
-    """Rows in the arithmetic of the kernels: int8 [row][64 of a unit], d of each 32, and sums of each 16 int8."""
-    rows, n = values.shape
-    x = np.zeros((rows, n_padded), np.float32)
-    x[:, :n] = values
-    x = x.reshape(rows, -1, QK)
-    d = np.abs(x).max(-1) / np.float32(127)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        quants = np.where(d[..., None] > 0, np.clip(np.rint(x / d[..., None]), -127, 127), 0).astype(np.int8)
-    sums = quants.reshape(rows, -1, 16).sum(-1, dtype=np.int32)
-    return quants.reshape(rows, -1, UNIT).view(np.uint8), d, sums
-
-
-def check_planes(q: Bytes, values: Floats, n_padded: int) -> None:
-    """Columns of planes hold what the same kernel has written as floats, bit for bit; NaN is the scale of its block."""
-    rows, units = len(values), n_padded // UNIT
-    quants, d, sums = quantized(values, n_padded)
-    pieces = q[:, : units * UNIT].reshape(rows, UNIT // 16, units, 16)
-    np.testing.assert_array_equal(pieces.transpose(0, 2, 1, 3).reshape(rows, units, UNIT), quants)
-    halves_of_units = np.ascontiguousarray(q[:, units * UNIT :]).reshape(rows, 2 * units, 8)
-    np.testing.assert_array_equal(np.ascontiguousarray(halves_of_units[..., :4]).view(np.float32)[..., 0], d)
-    found = np.ascontiguousarray(halves_of_units[..., 4:]).view(np.int16).reshape(rows, -1)
-    np.testing.assert_array_equal(found, sums)
 
 
 def outputs(rows: int, n_padded: int, which: str) -> tuple[Floats | int, Bytes | int]:

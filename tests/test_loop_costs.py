@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hipquant.codeobjects import QUANTIZED
+from hipquant.codeobjects import ENGINE, QUANTIZED
 from hipquant.targets import AMD_TARGETS, gpu_target
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -48,8 +48,21 @@ def test_how_it_is_counted() -> None:
     (loop,) = loop_costs.hot_loops(body)
     assert len(loop.instructions) == 12
     assert sorted(loop.loads) == [(0, 2), (0, 16), (1, 4)]
-    assert loop_costs.cost(body) == loop_costs.Cost(32 * 6 / 8, 32 * 4 / 8, 32 * 6 / 12)
+    assert loop_costs.cost(body) == loop_costs.Cost(32 * 6 / 8, 32 * 4 / 8, 32 * 6 / 12, weights=8)
     assert loop_costs.wide_share(body) == 16 / 18
+
+
+def test_where_it_is_not_told_what_is_loaded_from() -> None:
+    """Loads of any pointer count, and loops that only load are none of those that multiply."""
+    body = dict(machine_code.functions(CODE))["f"]
+    other = tuple(
+        line.replace("v6, v[4:5], off", "v6, v[20:21], off").replace(
+            "ds_read_b32 v22, v21", "flat_load_dword v22, v[30:31]"
+        )
+        for line in body
+    )
+    assert other != body
+    assert loop_costs.cost(other, pointers=0) == loop_costs.cost(body)
 
 
 def test_what_cannot_be_counted_is_told() -> None:
@@ -63,17 +76,25 @@ def test_what_cannot_be_counted_is_told() -> None:
 
 
 def built(*names: str) -> None:
-    if missing := [n for n in names if n not in QUANTIZED.targets()]:
+    if missing := [n for n in names if n not in QUANTIZED.targets() or n not in ENGINE.targets()]:
         pytest.skip(f"{' '.join(missing)} not built: HIPQUANT_TARGETS")
 
 
+@pytest.mark.parametrize("of", [loop_costs.FRAMEWORKS, loop_costs.ENGINE], ids=lambda of: of.family)
 @pytest.mark.parametrize("target", loop_costs.LLAMA_CPP)
-def test_beside_llama_cpp(target: str) -> None:
+def test_beside_llama_cpp(target: str, of: loop_costs.MatVecs) -> None:
     built(target)
-    instructions, loads = loop_costs.ratios(target)
+    instructions, loads = loop_costs.ratios(of, target)
     assert max(*instructions, *loads) <= 1
-    assert statistics.mean(instructions) <= loop_costs.MOST_INSTRUCTIONS
-    assert statistics.mean(loads) <= loop_costs.MOST_LOADS
+    assert statistics.mean(instructions) <= of.most_instructions
+    assert statistics.mean(loads) <= of.most_loads
+
+
+@pytest.mark.parametrize("target", loop_costs.LLAMA_CPP)
+def test_a_turn_of_the_engines_takes_64_weights_of_four_rows(target: str) -> None:
+    """Counted from the dot products, so that none is of anything else, and the loop is not unrolled."""
+    built(target)
+    assert {c.weights for c in loop_costs.costs(loop_costs.ENGINE, target).values()} == {4 * 64}
 
 
 @pytest.mark.parametrize("target", ["gfx900", "gfx1030", "gfx1100", "gfx942"])
@@ -86,3 +107,9 @@ def test_weights_come_by_wide_loads(target: str) -> None:
 def test_the_document() -> None:
     built(*(t.name for t in AMD_TARGETS))
     assert loop_costs.DOCUMENT.read_text() == loop_costs.document()
+
+
+def test_the_readme() -> None:
+    built(*loop_costs.LLAMA_CPP)
+    text = loop_costs.README.read_text()
+    assert text == loop_costs.with_section(text)

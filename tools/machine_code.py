@@ -150,7 +150,10 @@ def _natural_loops(blocks: Sequence[_Block]) -> list[set[int]]:
 
 @lru_cache(maxsize=4096)
 def loops(body: tuple[str, ...], pointers: int = 2) -> tuple[Loop, ...]:
-    """The loops of a kernel whose first arguments are pointers; loads of each by the pointer that they go through."""
+    """The loops of a kernel whose first arguments are pointers; loads of each by the pointer that they go through.
+
+    Raises `ValueError` for a load that goes through none of them, or several. `pointers` 0: `Loop.loads` stays empty.
+    """
     blocks = _blocks(body)
     parsed = [[i for line in b.lines for i in parse(line)] for b in blocks]
     begin = _origins(blocks, parsed, pointers)
@@ -161,7 +164,7 @@ def loops(body: tuple[str, ...], pointers: int = 2) -> tuple[Loop, ...]:
             state = list(begin[b])
             loop.instructions += [i for line in blocks[b].lines for i in parse(line)[:1]]
             for instruction in parsed[b]:
-                if instruction.load:
+                if instruction.load and pointers:
                     through = [n for n in range(pointers) if state[n] & instruction.reads]
                     if len(through) != 1:
                         raise ValueError(f"which pointer does {instruction.text!r} go through? {through}")

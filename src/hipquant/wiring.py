@@ -304,8 +304,8 @@ def _gpu_engine() -> Iterator[Kernel]:
         "rope_store_kv_f16",
         "float* qkv, uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position, const int* slot,"
         " int n_head, int n_head_kv, int head_dim, int n_rot, int n_context",
-        (64, 1, 1),
-        lambda n_head, n_head_kv, ntokens: (n_head + 2 * n_head_kv, ntokens, 1),
+        (64, 4, 1),
+        lambda n_head, n_head_kv, ntokens: (_ceil(n_head + 2 * n_head_kv, 4), ntokens, 1),
     )
     yield kernel(
         "attention_decode_f16",
@@ -327,13 +327,13 @@ def _gpu_engine() -> Iterator[Kernel]:
         "silu_mul_q8",
         "const float* gate_up, float* y, void* q, int n, int n_padded",
         (256, 1, 1),
-        lambda n_padded, rows: (_ceil(n_padded, 256), rows, 1),
+        lambda n_padded, rows: (_ceil(n_padded, 1024), rows, 1),
     )
     yield kernel(
         "quantize_q8",
         "const float* x, void* q, int n_padded",
         (256, 1, 1),
-        lambda n_padded, rows: (_ceil(n_padded, 256), rows, 1),
+        lambda n_padded, rows: (_ceil(n_padded, 1024), rows, 1),
     )
     yield kernel(
         "add_bias_rows_f32",
@@ -391,7 +391,7 @@ def _gpu_engine() -> Iterator[Kernel]:
                 " float* normed, void* q, float* sums, int* counters, int n_padded_q, uint16_t* k_cache,"
                 " uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,"
                 " int n_head_kv, int head_dim, int n_rot, int n_context",
-                (32, 4, 1),
+                (32, 4 if b <= 2 else 8, 1),
                 lambda nrows, units, ncols, b=b: (_ceil(nrows, _rows_to_a_block(units, b)), _ceil(ncols, b), 1),
                 t,
                 b,
@@ -399,9 +399,9 @@ def _gpu_engine() -> Iterator[Kernel]:
 
 
 def _rows_to_a_block(units: int, batch: int) -> int:
-    """Rows that a block of `mul_mat_vec_planes_*` takes: 4 teams, of which 1, 2 or 4 share 2 or 4 rows."""
+    """Rows that a block of `mul_mat_vec_planes_*` takes: 1, 2 or 4 of its 4 teams share 4; 32 where columns are many."""
     share = 1 if units <= 32 else 2 if units <= 64 or 128 < units <= 192 else 4
-    return 4 // share * (4 if batch <= 2 else 2)
+    return 4 // share * 4 if batch <= 2 else 32
 
 
 COMPATIBILITY: tuple[Kernel, ...] = (

@@ -7,6 +7,7 @@
 #define HQ_RESIDENT_KERNEL(threads, blocks) HQ_KERNEL(threads)  // so many blocks shall fit on a unit at a time
 #define HQ_SHARED static __attribute__((shared))
 constexpr bool kMatrixUnits = false;  // mat_mat.hip: tiles through mma() or through dot4()
+#define HQ_HALF_MATRICES 0            // mat_vec_tiles.h: mma_f16()
 #define HQ_ASYNC_COPIES 0             // mat_vec_staged.h: copy_async()
 
 HQ_INLINE int thread_x() { return (int)__builtin_amdgcn_workitem_id_x(); }

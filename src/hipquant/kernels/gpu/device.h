@@ -112,7 +112,7 @@ template <int kSums> HQ_INLINE int team_sums(float* v) {
 // Whether this block is the last one of `of` to come here; its threads then see what all of them have written. All
 // threads come here. `counter` is 0 before and after; `last` lies in shared memory.
 HQ_INLINE bool is_last_block(int* counter, int of, int* last) {
-    fence_release();  // in each thread: on AMD a barrier orders shared memory alone
+    fence_release();  // of each thread: on AMD a barrier orders shared memory alone
     barrier();
     if (of > 1) {
         if (thread_x() == 0 && thread_y() == 0) {

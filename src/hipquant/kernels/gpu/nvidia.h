@@ -7,6 +7,7 @@
 #define HQ_RESIDENT_KERNEL(threads, blocks) extern "C" __attribute__((global, launch_bounds(threads, blocks))) void
 #define HQ_SHARED static __attribute__((shared))
 constexpr bool kMatrixUnits = true;
+#define HQ_HALF_MATRICES 1
 #define HQ_ASYNC_COPIES (__CUDA_ARCH__ >= 900)  // from sm_80 on, measured from sm_90 on
 
 #if defined(__clang__)
@@ -383,12 +384,13 @@ HQ_INLINE void let_next_begin() {
 #endif
 }
 
-// What this thread has written is seen by who learns of it; and what others have written by this thread.
-HQ_INLINE void fence_release() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// What a block has written in front of a barrier is seen by who learns of it by a thread's add_atomic() behind, and what
+// others have written is seen behind fence_acquire(), which empties the first-level cache.
+HQ_INLINE void fence_release() {}
 HQ_INLINE void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 HQ_INLINE int add_atomic(int* p, int v) {
     int r;
-    asm volatile("atom.global.add.s32 %0, [%1], %2;" : "=r"(r) : "l"(p), "r"(v) : "memory");
+    asm volatile("atom.release.gpu.global.add.s32 %0, [%1], %2;" : "=r"(r) : "l"(p), "r"(v) : "memory");
     return r;
 }
 

@@ -11,9 +11,11 @@
 // HQ_MATRIX_UNITS: 0 none; 1 NVIDIA's; AMD's by how many halves a lane has: 16 RDNA3's, 8 RDNA4's, 4 CDNA's.
 #if HQ_MATRIX_UNITS == 1
 constexpr bool kMatrixUnits = true;
+#define HQ_HALF_MATRICES 1
 #define HQ_ASYNC_COPIES 1
 #else
 constexpr bool kMatrixUnits = false;
+#define HQ_HALF_MATRICES 0
 #define HQ_ASYNC_COPIES 0
 #endif
 

@@ -3,8 +3,6 @@
 #include "types.h"
 #include "mat_vec_then.h"
 
-constexpr int kBlockTeams = 4;
-
 // A lane's part of the pair of rows times its part of the columns.
 template <class Q> struct QuantizedWeights {
     using P = typename Q::Planes;
@@ -94,22 +92,8 @@ struct WordsBF16 {
     HQ_INLINE float value(uint32_t w, int i) { return bits<float>(i ? w & 0xFFFF0000 : w << 16); }
 };
 
-struct Product {
-    const void *x, *y;
-    const float* squares;  // of the columns, [column][group of 32]; null: they are normed already
-    float eps;
-    int ncols, nrows, columns, n_padded;
-};
-
 // Log2 of the teams that share a group of rows: as many as have something to do.
 HQ_INLINE int log2_share(uint32_t units) { return units <= 32 ? 0 : units <= 64 || (units > 128 && units <= 192) ? 1 : 2; }
-
-// 1 / rms of a column, from the sums of squares of its groups.
-HQ_INLINE float inverse_rms(const float* squares, int n, float eps) {
-    float sum = 0;
-    for (int i = thread_x(); i < (n + 31) / 32; i += 32) sum += squares[i];
-    return 1 / square_root(team_sum(sum) / (float)n + eps);
-}
 
 // Rows that share their columns, of which a thread takes units `lane`, `lane` + `lanes`, ... of `count`, loaded one in
 // advance.
@@ -142,68 +126,98 @@ template <class W, int kRows> struct Rows {
     }
 };
 
-template <class W, int kColumns, int kRows> HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
-    constexpr int kPairs = kRows / 2;
-    HQ_SHARED float partial[kBlockTeams][kRows * kColumns], scales[kColumns];
+// Teams of a block, and rows that share the loads of their columns (H200, 2026-11-22).
+constexpr int teams_of(int columns) { return columns <= 2 ? 4 : 8; }
+constexpr int rows_at_once(int columns) { return columns <= 2 ? 4 : 2; }
+
+// A block takes as many rows as its teams have at once or, of 4 columns and more, 32: one turn after the other.
+template <class W, int kColumns> HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
+    constexpr int kRows = rows_at_once(kColumns), kTeams = teams_of(kColumns), kBlockRows = kColumns <= 2 ? 16 : 32;
+    HQ_SHARED float partial[kTeams][kRows * kColumns], scales[kColumns], results[kBlockRows][kColumns];
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights;
-    const int log2 = log2_share(units), share = 1 << log2, groups = kBlockTeams >> log2, team = thread_y();
-    const int first = (int)block_x() * groups * kPairs, pair = first + (team >> log2) * kPairs;
-    const int pairs = (p.nrows + 1) / 2;
+    const int log2 = log2_share(units), share = 1 << log2, team = thread_y(), at_once = (kTeams >> log2) * kRows;
+    const int to_block = (kColumns <= 2 ? at_once : kBlockRows) / 2, pairs = (p.nrows + 1) / 2;
+    const int skipped = (int)block_y() * kColumns, left = p.columns - skipped;
+    const int columns = left < kColumns ? left : kColumns, begin = (int)block_x() * to_block;
+    const int thread = team * 32 + thread_x(), c = thread % kColumns, at = thread / kColumns;
     Rows<W, kRows> weights;
     weights.lanes = 32u << log2, weights.lane = (uint32_t)((team & (share - 1)) * 32 + thread_x());
     weights.count = W::count(units);
+#pragma unroll 1
+    for (int first = 0; first < 2 * to_block; first += at_once) {
+        const int mine = first + (team >> log2) * kRows;  // of the block's rows: pairs of neighbours
 #pragma unroll
-    for (int r = 0; r < kRows; r++) {
-        const int row = then.kind == kGate ? pair + r / 2 + (r % 2 ? pairs : 0) : 2 * pair + r;
-        weights.rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, (uint32_t)(row < p.nrows ? row : p.nrows - 1)};
+        for (int r = 0; r < kRows; r++) {
+            const int pair = begin + (mine + r) / 2;
+            const int row = then.kind == kGate ? pair + (r % 2 ? pairs : 0) : 2 * pair + r % 2;
+            weights.rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, (uint32_t)(row < p.nrows ? row : p.nrows - 1)};
+        }
+        weights.load_first();
+        if (first == 0) wait_for_inputs();
+        else barrier();  // what is in shared memory has been read
+        float acc[kRows * kColumns] = {};
+        weights.template multiply<kColumns>(acc, p, skipped, columns);
+        const int which = team_sums<kRows * kColumns>(acc);
+        if (which >= 0) partial[team][which] = acc[0];
+        barrier();
+        if (at < at_once) {
+            float v = 0;
+            for (int t = 0; t < share; t++) v += partial[(at / kRows << log2) + t][kRows * c + at % kRows];
+            results[first + at][c] = v;
+        }
+        if (kColumns <= 2) break;
     }
-    weights.load_first();
-    wait_for_inputs();
-
-    const int skipped = (int)block_y() * kColumns, left = p.columns - skipped;
-    const int columns = left < kColumns ? left : kColumns;
-    float acc[kRows * kColumns] = {};
-    weights.template multiply<kColumns>(acc, p, skipped, columns);
-    const int which = team_sums<kRows * kColumns>(acc);
-    if (which >= 0) partial[team][which] = acc[0];
-    for (int c = team; c < columns; c += kBlockTeams) {
-        const float* squares = p.squares + (int64_t)(skipped + c) * ((p.ncols + 31) / 32);
-        const float scale = p.squares ? inverse_rms(squares, p.ncols, p.eps) : 1;
-        if (thread_x() == 0) scales[c] = scale;
-    }
+    store_scales<kTeams>(scales, p, skipped, columns);
     barrier();
-    const int i = team * 32 + thread_x(), c = i % kColumns, at = i / kColumns;  // a pair and a column
-    if (at < groups * kPairs && c < columns && first + at < pairs) {
-        float v[2] = {0, 0};
-        for (int t = 0; t < share; t++)
-            for (int r = 0; r < 2; r++) v[r] += partial[(at / kPairs << log2) + t][kRows * c + at % kPairs * 2 + r];
-        store_pair(then, skipped + c, first + at, p.nrows, v[0] * scales[c], v[1] * scales[c]);
-    }
-    if (then.kind == kGate) finish_group<kBlockTeams>(then, columns, first, groups * kPairs, pairs);
-    if (then.kind == kAddAndNorm) finish_group<kBlockTeams>(then, columns, 2 * first, 2 * groups * kPairs, p.nrows);
+    if (at < to_block && c < columns && begin + at < pairs)
+        store_pair(then, skipped + c, begin + at, p.nrows, results[2 * at][c] * scales[c],
+            results[2 * at + 1][c] * scales[c]);
+    if (then.kind == kGate) finish_group<kTeams>(then, columns, begin, to_block, pairs);
+    if (then.kind == kAddAndNorm) finish_group<kTeams>(then, columns, 2 * begin, 2 * to_block, p.nrows);
 }
 
-// Rows that share the loads of their columns (H200, 2026-11-22).
-constexpr int rows_at_once(int columns) { return columns <= 2 ? 4 : 2; }
+#if HQ_HALF_MATRICES
+#include "mat_vec_tiles.h"
+#endif
 
-#define HQ_ENTRY(suffix, W, columns)                                                                                   \
-    HQ_KERNEL(128)                                                                                                     \
+template <class Q, int kColumns> HQ_INLINE void mul_quantized(const Product& p, const Then& then) {
+#if HQ_HALF_MATRICES
+    if constexpr (kColumns > 2) return mul_mat_vec_tiles<Q>(p, then);
+#endif
+    mul_mat_vec_planes<QuantizedWeights<Q>, kColumns>(p, then);
+}
+template <class F, int kColumns> HQ_INLINE void mul_floats(const Product& p, const Then& then) {
+    mul_mat_vec_planes<FloatWeights<F>, kColumns>(p, then);
+}
+
+// Blocks that shall be resident on an NVIDIA multiprocessor, by registers: of one column 5 leave 96 to a thread, 4 leave
+// 128; of many columns 2 leave 128 (H200, 2026-11-22).
+constexpr int resident(int columns, int unit_bytes) {
+    return columns > 2 ? 2 : columns == 2 ? 3 : unit_bytes <= 40 ? 5 : 4;
+}
+
+#define HQ_ENTRY(suffix, multiply, W, columns, unit_bytes)                                                             \
+    HQ_RESIDENT_KERNEL(32 * teams_of(columns), resident(columns, unit_bytes))                                          \
     mul_mat_vec_planes_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps,             \
         int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst,  \
         int then, const float* weight, float* normed, void* q, float* sums, int* counters, int n_padded_q,             \
         uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,     \
         int n_head_kv, int head_dim, int n_rot, int n_context) {                                                       \
-        mul_mat_vec_planes<W, columns, rows_at_once(columns)>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},      \
+        multiply<W, columns>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                \
             {then, bias, dst, first, nrows_dst, weight, normed, (uint8_t*)q, sums, counters, n_padded_q, k_cache,      \
                 v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context});                        \
     }
-#define HQ_ENTRIES(suffix, W) HQ_ENTRY(suffix, W, 1) HQ_ENTRY(suffix, W, 2) HQ_ENTRY(suffix, W, 4) HQ_ENTRY(suffix, W, 8)
-#define HQ_QUANTIZED(suffix, Q) HQ_ENTRIES(suffix, QuantizedWeights<Q>)
+#define HQ_ENTRIES(suffix, multiply, W, unit_bytes)                                                                    \
+    HQ_ENTRY(suffix, multiply, W, 1, unit_bytes)                                                                       \
+    HQ_ENTRY(suffix, multiply, W, 2, unit_bytes)                                                                       \
+    HQ_ENTRY(suffix, multiply, W, 4, unit_bytes)                                                                       \
+    HQ_ENTRY(suffix, multiply, W, 8, unit_bytes)
+#define HQ_QUANTIZED(suffix, Q) HQ_ENTRIES(suffix, mul_quantized, Q, (int)sizeof(Q::Planes::Unit))
 HQ_PLANES(HQ_QUANTIZED)
-HQ_ENTRIES(f32, FloatWeights<WordsF32>)
-HQ_ENTRIES(f16, FloatWeights<WordsF16>)
-HQ_ENTRIES(bf16, FloatWeights<WordsBF16>)
+HQ_ENTRIES(f32, mul_floats, WordsF32, 32)
+HQ_ENTRIES(f16, mul_floats, WordsF16, 16)
+HQ_ENTRIES(bf16, mul_floats, WordsBF16, 16)
 #undef HQ_ENTRY
 #undef HQ_ENTRIES
 #undef HQ_QUANTIZED

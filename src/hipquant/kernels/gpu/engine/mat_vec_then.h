@@ -4,6 +4,13 @@
 #pragma once
 #include "rows.h"
 
+struct Product {
+    const void *x, *y;
+    const float* squares;  // of the columns, [column][group of 32]; null: they are normed already
+    float eps;
+    int ncols, nrows, columns, n_padded;
+};
+
 enum ThenKind { kStore, kAddAndNorm, kGate, kRopeAndStore };
 
 struct Then {
@@ -77,5 +84,21 @@ template <int kTeams> HQ_INLINE void finish_group(const Then& t, int columns, in
         }
         if (t.normed && i < n) t.normed[(int64_t)c * t.n_padded + i] = v;
         if (t.q) store_activations<1>(t.q + c * column_bytes(t.n_padded), t.n_padded, i, &v, true);
+    }
+}
+
+// 1 / rms of a column, from the sums of squares of its groups.
+HQ_INLINE float inverse_rms(const float* squares, int n, float eps) {
+    float sum = 0;
+    for (int i = thread_x(); i < (n + 31) / 32; i += 32) sum += squares[i];
+    return 1 / square_root(team_sum(sum) / (float)n + eps);
+}
+
+// The factors of `columns` columns from `first` on, by which their products are multiplied.
+template <int kTeams> HQ_INLINE void store_scales(float* scales, const Product& p, int first, int columns) {
+    for (int c = thread_y(); c < columns; c += kTeams) {
+        const float* squares = p.squares + (int64_t)(first + c) * ((p.ncols + 31) / 32);
+        const float scale = p.squares ? inverse_rms(squares, p.ncols, p.eps) : 1;
+        if (thread_x() == 0) scales[c] = scale;
     }
 }

@@ -1,14 +1,15 @@
 // `rope_store_kv_f16`: queries and keys are rotated by their position; keys and values go to the cache as halves.
-// Block (head, token): the heads of queries, then those of keys, then those of values. A thread takes a pair.
+// Block (4 heads, token): the heads of queries, then those of keys, then those of values. A thread takes a pair.
 #include "device.h"
 
-HQ_KERNEL(64)
+HQ_KERNEL(256)
 rope_store_kv_f16(float* qkv, uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position,
                   const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context) {
     let_next_begin();
     wait_for_inputs();
     const uint32_t token = block_y();
-    const int head = (int)block_x(), heads = n_head + 2 * n_head_kv, at = position[token];
+    const int head = (int)block_x() * 4 + thread_y(), heads = n_head + 2 * n_head_kv, at = position[token];
+    if (head >= heads) return;
     const bool query = head < n_head, value = head >= n_head + n_head_kv;
     float* from = qkv + ((int64_t)token * heads + head) * head_dim;
     const float* angles = rope + (int64_t)at * n_rot;

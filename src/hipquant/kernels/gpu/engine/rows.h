@@ -49,8 +49,10 @@ HQ_INLINE void store_activations(uint8_t* column, int n_padded, int i, const flo
     if (!inside) return;
     const uint32_t units = (uint32_t)n_padded / kUnitWeights, u = (uint32_t)i / kUnitWeights, at = (uint32_t)i % 64;
     uint8_t* piece = column + (at / 16 * units + u) * 16 + at % 16;
-#pragma unroll
-    for (int j = 0; j < kValues; j++) piece[j] = (uint8_t)quants[j];
+    if constexpr (kValues == 4)
+        *(uint32_t*)piece = (quants[0] & 0xFF) | (quants[1] & 0xFF) << 8 | (quants[2] & 0xFF) << 16 |
+            (uint32_t)quants[3] << 24;
+    else *piece = (uint8_t)quants[0];
     uint8_t* scales = column + (4 * units + u) * 16 + at / 32 * 8;
     if (at % 32 == 0) *(float*)scales = d;
     if (at % 16 == 0) *(int16_t*)(scales + 4 + at % 32 / 8) = (int16_t)sum;
@@ -59,8 +61,9 @@ HQ_INLINE void store_activations(uint8_t* column, int n_padded, int i, const flo
 // Bytes of a column of activations in planes.
 HQ_INLINE uint64_t column_bytes(int n_padded) { return (uint64_t)((uint32_t)n_padded / kUnitWeights) * kActivationBytes; }
 
-// Value i of row `row`, as a float and as one in planes, where they are wanted; whole teams come here, up to n_padded.
-HQ_INLINE void store_activation(float v, float* y, void* q, uint64_t row, int i, int n_padded) {
-    if (y && i < n_padded) y[row * n_padded + i] = v;
-    if (q) store_activations<1>((uint8_t*)q + row * column_bytes(n_padded), n_padded, i, &v, i < n_padded);
+// Values i to i + 3 of row `row`, as floats and in planes, where they are wanted; whole teams come here, up to n_padded.
+HQ_INLINE void store_four(const Float4& v, float* y, void* q, uint64_t row, int i, int n_padded) {
+    if (y && i < n_padded)
+        for (int j = 0; j < 4; j++) y[row * n_padded + i + j] = v.v[j];
+    if (q) store_activations<4>((uint8_t*)q + row * column_bytes(n_padded), n_padded, i, v.v, i < n_padded);
 }

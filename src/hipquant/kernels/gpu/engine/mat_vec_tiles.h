@@ -1,0 +1,115 @@
+// Weights in planes times up to 8 columns by matrix units of halves: dot products of so many columns would take longer
+// than the weights need to come. A block has 32 rows, of which its 8 teams take 4 units at a time in turn: a lane has a
+// unit of four rows and of one column, as fragments of mma_f16() want it. Which weights meet where along k is all the
+// same, as long as the activations agree.
+#pragma once
+#include "mat_vec_then.h"
+
+constexpr int kTileRows = 32, kTileColumns = 8, kTileTeams = 8;
+constexpr float kTileRaise = 64;  // weights are so many times as great, activations as small: halves have 6e-5 to 65504
+constexpr uint32_t kTwoOnes = 0x3C003C00, kLess1152 = 0xE480E480;
+
+// Bytes 0 and 2 of a word of int8 or, `odd`, 1 and 3 as halves.
+HQ_INLINE uint32_t int8_to_halves(uint32_t word, int odd) {
+    return fma_halves(permute(word ^ 0x80808080, 0x64646464, odd ? 0x4341 : 0x4240), kTwoOnes, kLess1152);
+}
+
+template <class P> HQ_INLINE float group_scale(const typename P::Unit& w, int g) {
+    if constexpr (P::kSub == 0) return P::d(w, g / 2);
+    else return P::d(w) * (float)P::sub_scale(w, g * 16 / P::kSub);
+}
+template <class P> HQ_INLINE float group_minimum(const typename P::Unit& w, int g) {
+    if constexpr (!P::kMin) return 0;
+    else if constexpr (P::kSub == 0) return P::minimum(w, g / 2);
+    else return P::dmin(w) * (float)P::sub_minimum(w, g * 16 / P::kSub);
+}
+
+// Word i of a unit as weights, in two pairs of halves; of its group: the scale, and what is added behind.
+template <class P> struct GroupOfHalves {
+    uint32_t scale, add;
+    HQ_MEMBER GroupOfHalves(const typename P::Unit& w, int g) {
+        const float s = kTileRaise * group_scale<P>(w, g), placed = s * (1.0f / (1 << P::place(g)));
+        const float rest = s * (float)(P::centre(g) - P::kOffset) - kTileRaise * group_minimum<P>(w, g);
+        scale = pack_halves(placed, placed), add = pack_halves(rest, rest);
+    }
+    HQ_MEMBER uint32_t weights(uint32_t placed, int odd) const {
+        return fma_halves(int8_to_halves(placed, odd), scale, add);
+    }
+};
+
+template <class Q> struct TileProduct {
+    using P = typename Q::Planes;
+    PlaneRow rows[4];
+    typename P::Unit ahead[4];
+    float acc[2][4] = {};
+
+    HQ_MEMBER uint32_t unit(uint32_t step) const { return 4 * step + (uint32_t)thread_x() % 4; }
+    HQ_MEMBER void load(int r, uint32_t step) {
+        const uint32_t u = unit(step), last = rows[r].units - 1;
+        ahead[r] = P::load(rows[r], u < last ? u : last);
+    }
+    // Units of the step, whose activations are 0 behind the last one; the next ones are loaded.
+    HQ_MEMBER void multiply(const uint8_t* column, uint32_t y_units, uint32_t step, uint32_t next, uint32_t end) {
+        const ActivationUnit y = load_activations(column, y_units, unit(step));
+        uint32_t b[16][2];
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const float d = y.d(i / 8) * (1.0f / kTileRaise);
+            for (int j = 0; j < 2; j++)
+                b[i][j] = fma_halves(int8_to_halves(y.q[i / 4].w[i % 4], j), pack_halves(d, d), 0);
+        }
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+#pragma unroll
+            for (int g = 0; g < 4; g++) {
+                const GroupOfHalves<P> first(ahead[2 * m], g), second(ahead[2 * m + 1], g);
+#pragma unroll
+                for (int i = 4 * g; i < 4 * g + 4; i++) {
+                    const uint32_t low = P::placed(ahead[2 * m], i), high = P::placed(ahead[2 * m + 1], i);
+                    const uint32_t a[4] = {
+                        first.weights(low, 0), second.weights(high, 0), first.weights(low, 1), second.weights(high, 1)};
+                    mma_f16(acc[m], a, b[i]);
+                }
+            }
+            if (next < end) load(2 * m, next), load(2 * m + 1, next);
+        }
+    }
+};
+
+template <class Q> HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Then& then) {
+    HQ_SHARED float partial[kTileTeams][kTileRows * kTileColumns], scales[kTileColumns];
+    let_next_begin();
+    const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, steps = (units + 3) / 4;
+    const int team = thread_y(), lane = thread_x(), pairs = (p.nrows + 1) / 2, first = (int)block_x() * (kTileRows / 2);
+    TileProduct<Q> product;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        const int local = 8 * r + lane / 4;  // of a pair of rows that are gated, one is in either half of the tile
+        const int row = then.kind == kGate ? first + local % 16 + (local / 16 ? pairs : 0) : 2 * first + local;
+        product.rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, (uint32_t)(row < p.nrows ? row : p.nrows - 1)};
+        product.load(r, (uint32_t)team);
+    }
+    wait_for_inputs();
+
+    const int column = lane / 4 < p.columns ? lane / 4 : p.columns - 1;
+    const uint8_t* y = (const uint8_t*)p.y + column * column_bytes(p.n_padded);
+    for (uint32_t step = (uint32_t)team; step < steps; step += kTileTeams)
+        product.multiply(y, (uint32_t)p.n_padded / kUnitWeights, step, step + kTileTeams, steps);
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+        for (int i = 0; i < 4; i++)
+            partial[team][(16 * m + 8 * (i / 2) + lane / 4) * kTileColumns + 2 * (lane % 4) + i % 2] = product.acc[m][i];
+    store_scales<kTileTeams>(scales, p, 0, p.columns);
+    barrier();
+    const int i = team * 32 + lane, c = i % kTileColumns, at = i / kTileColumns;  // a pair and a column
+    if (at < kTileRows / 2 && c < p.columns && first + at < pairs) {
+        float v[2] = {0, 0};
+        for (int r = 0; r < 2; r++) {
+            const int local = then.kind == kGate ? at + r * (kTileRows / 2) : 2 * at + r;
+            for (int t = 0; t < kTileTeams; t++) v[r] += partial[t][local * kTileColumns + c];
+        }
+        store_pair(then, c, first + at, p.nrows, v[0] * scales[c], v[1] * scales[c]);
+    }
+    if (then.kind == kGate) finish_group<kTileTeams>(then, p.columns, first, kTileRows / 2, pairs);
+    if (then.kind == kAddAndNorm) finish_group<kTileTeams>(then, p.columns, 2 * first, kTileRows, p.nrows);
+}

@@ -1,0 +1,370 @@
+"""`mul_mat_vec_planes_*`: weights in planes times up to 8 columns of activations, and what becomes of the results.
+
+The kernels are simulated under AddressSanitizer and UBSan, against float64 on the weights and activations as they were
+quantized. Where AMD_EMULATOR names a checkout of tinygrad, its emulator executes the machine code of four AMD targets
+as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import emulator
+import reference
+from hipquant import wiring
+from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType, padded, plane_bytes, plane_units, quant_type
+from hipquant.toolchain import cases, gpu, simulate
+from planes import (
+    QK,
+    UNIT,
+    UNIT_BYTES,
+    Backend,
+    Bytes,
+    Floats,
+    Wide,
+    decoded,
+    launch,
+    parts_of,
+    quantized,
+)
+
+Halves = npt.NDArray[np.uint16]
+
+NULL, POISON, NAN = 0, 0xA5, 0x7E55
+# NMSE. Products of integers are exact: what is left is the rounding of a sum of floats, and of e^x in what is gated.
+PRODUCTS, GATED = 1e-12, 4e-12
+EPS = 1e-5
+NO_NORM: tuple[int, ...] = (NULL, NULL, NULL, NULL, NULL, 0)  # weight, normed, q, sums, counters, n_padded_q
+# k_cache, v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context
+NO_ROPE: tuple[int, ...] = (NULL, NULL, NULL, NULL, NULL, 1, 1, 2, 0, 1)
+pytestmark = pytest.mark.skipif(
+    not simulate.can_sanitize(),
+    reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
+)
+
+WAVES = [pytest.param(wave, id=f"wave{wave}") for wave in (32, 64)]
+EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
+
+
+class Then(IntEnum):
+    """What becomes of the results (mat_vec_then.h)."""
+
+    STORE = 0
+    ADD_AND_NORM = 1
+    GATE = 2
+    ROPE_AND_STORE = 3
+
+
+@pytest.fixture(scope="module", params=WAVES + EMULATED)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The sources simulated; and, where there is an emulator, the machine code of four AMD targets on that."""
+    if isinstance(request.param, str):
+        found: Backend = emulator.engine(request.param)
+    else:
+        sources = [gpu.ENGINE / f"{name}.hip" for name in ("repack", "activation", "mat_vec_planes")]
+        found = simulate.build(request.param, True, sources)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng([ord(c) for c in request.node.name])
+
+
+def normal(rng: np.random.Generator, *shape: int) -> Floats:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def poison(*shape: int) -> Floats:
+    return np.full(shape, np.nan, np.float32)
+
+
+def weights(backend: Backend, kind: QuantType, rows: int, k: int) -> tuple[Bytes, Wide]:
+    """A random matrix as the engine keeps it, and its values: rows of floats are filled up with zeros to units."""
+    blocks = cases.random_blocks(kind, rows, k)
+    if kind in FLOAT_TYPES:
+        wide = np.zeros((rows, plane_units(k) * UNIT * kind.block_bytes), np.uint8)
+        wide[:, : blocks.shape[1]] = blocks
+        return wide, cases.values(kind, blocks, k).astype(np.float64)
+    planes = np.full(plane_bytes(kind, rows, k), POISON, np.uint8)
+    launch(backend, f"repack_{kind.suffix}", {"nrows": rows, "units": plane_units(k)}, blocks, planes, k, rows, 0, rows)
+    return planes, reference.dequantize(kind, blocks, (rows, k)).astype(np.float64)
+
+
+def activations(backend: Backend, kind: QuantType, x: Floats, n_padded: int) -> tuple[Bytes | Floats, Wide]:
+    """Columns as a product with weights of a type takes them, and the values that these stand for."""
+    columns, k = x.shape
+    floats = np.zeros((columns, n_padded), np.float32)
+    floats[:, :k] = x
+    if kind in FLOAT_TYPES:
+        return floats, x.astype(np.float64)
+    q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
+    launch(backend, "quantize_q8", {"n_padded": n_padded, "rows": columns}, floats, q, n_padded)
+    return q, decoded(q, n_padded)[:, :k]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a product: its weights, what the kernel is compiled for and gets, and what it may do besides."""
+
+    kind: str
+    batch: int
+    columns: int
+    rows: int
+    k: int
+    bias: bool = False
+    squares: bool = False
+
+    def __str__(self) -> str:
+        also = "-bias" * self.bias + "-squares" * self.squares
+        return f"{self.kind}-{self.columns}of{self.batch}-{self.rows}x{self.k}{also}"
+
+
+class Product:
+    """A product of `shape`, whose results are rows `first` and on."""
+
+    def __init__(self, backend: Backend, rng: np.random.Generator, shape: Shape, first: int = 0) -> None:
+        kind = quant_type(shape.kind)
+        self.backend, self.shape, self.first, self.kind = backend, shape, first, kind
+        self.k = padded(shape.k, kind.block_size)
+        self.n_padded = padded(self.k, UNIT if shape.k % 64 else 512)
+        self.bias = normal(rng, first + shape.rows) if shape.bias else NULL
+        # Of nothing that is multiplied here: the kernel is told what to divide by.
+        squares = rng.uniform(1, 99, (shape.columns, -(-self.k // QK))).astype(np.float32)
+        self.squares = squares if shape.squares else NULL
+        self.w, values = weights(backend, kind, shape.rows, self.k)
+        self.y, x = activations(backend, kind, normal(rng, shape.columns, self.k), self.n_padded)
+        self.expected = x @ values.T
+        if shape.squares:
+            self.expected /= np.sqrt(squares.sum(-1, dtype=np.float64, keepdims=True) / self.k + EPS)
+        if isinstance(self.bias, np.ndarray):
+            self.expected += self.bias[first:]
+
+    def run(
+        self,
+        dst: Floats,
+        then: Then,
+        norm: tuple[npt.NDArray[np.generic] | int, ...] = NO_NORM,
+        rope: tuple[npt.NDArray[np.generic] | int, ...] = NO_ROPE,
+    ) -> None:
+        """Launches the kernel; the columns of `dst` are its rows."""
+        shape = self.shape
+        row = wiring.find("mul_mat_vec_planes", self.kind, batch=shape.batch)
+        grid = row.grid(nrows=shape.rows, units=plane_units(self.k), ncols=shape.columns)
+        sizes = self.k, shape.rows, shape.columns, self.n_padded
+        to = self.bias, dst, self.first, dst.shape[1], int(then)
+        self.backend.launch(row, grid, (self.w, self.y, self.squares, EPS, *sizes, *to, *norm, *rope))
+
+    def stored(self) -> Floats:
+        """The results where they are stored, in columns that are longer than that; nothing else is written."""
+        dst, rows = poison(self.shape.columns, self.first + self.shape.rows + 5), self.shape.rows
+        self.run(dst, Then.STORE)
+        assert np.isnan(dst[:, : self.first]).all()
+        assert np.isnan(dst[:, self.first + rows :]).all()
+        return dst[:, self.first : self.first + rows]
+
+
+# A unit that is half empty, an odd number of blocks, and one to four teams that share rows of up to 196 units.
+SHAPES = [
+    (1, 1, 33, 32, True, False),
+    (2, 1, 70, 96, False, True),
+    (2, 2, 1, 64, True, True),
+    (4, 3, 31, 256, False, False),
+    (8, 5, 33, 2048, True, False),
+    (8, 8, 31, 96, False, True),
+    (4, 4, 6, 4096, True, True),
+    (1, 1, 17, 4096 + 256, False, True),
+    (8, 7, 3, 4096 + 256, False, False),
+    (2, 2, 5, 11008, True, False),
+    (1, 1, 6, 12544, False, True),
+]
+
+
+@pytest.mark.parametrize("kind", MATRIX_TYPES, ids=lambda t: t.suffix)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(str(int(n)) for n in s))
+def test_store(
+    backend: Backend, rng: np.random.Generator, kind: QuantType, shape: tuple[int, int, int, int, bool, bool]
+) -> None:
+    """As float64 has it, for whatever rows and columns are left over, in the middle of longer columns."""
+    product = Product(backend, rng, Shape(kind.name, *shape), first=3)
+    assert reference.nmse(product.stored(), product.expected) <= PRODUCTS
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+@pytest.mark.parametrize(("batch", "columns", "squares"), [(8, 19, True), (8, 9, False), (2, 5, True)])
+def test_more_columns_than_a_block_takes(
+    backend: Backend, rng: np.random.Generator, kind: str, batch: int, columns: int, squares: bool
+) -> None:
+    """They are another row of the grid's blocks."""
+    product = Product(backend, rng, Shape(kind, batch, columns, 9, 160, True, squares))
+    assert reference.nmse(product.stored(), product.expected) <= PRODUCTS
+
+
+def test_floats_of_any_length(backend: Backend, rng: np.random.Generator) -> None:
+    for k in (1, 70, 190):
+        product = Product(backend, rng, Shape("F16", 2, 2, 5, k))
+        assert reference.nmse(product.stored(), product.expected) <= PRODUCTS
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "F32"])
+def test_a_column_that_is_not_finite_keeps_to_itself(backend: Backend, rng: np.random.Generator, kind: str) -> None:
+    product = Product(backend, rng, Shape(kind, 4, 3, 20, 256))
+    x = normal(rng, 3, 256)
+    x[1, 70] = np.nan
+    product.y, values = activations(backend, product.kind, x, product.n_padded)
+    _, w = weights(backend, product.kind, 20, 256)
+    found = product.stored()
+    assert np.isnan(found[1]).all()
+    assert reference.nmse(found[::2], values[::2] @ w.T) <= PRODUCTS
+
+
+# What follows a product. Results of a group of 32 that is not full are put in planes with zeros behind them.
+
+
+def check_group_planes(q: Bytes, values: Floats, n_padded: int) -> None:
+    """Columns of planes hold values as far as their groups reach; what lies behind is not touched."""
+    groups = -(-values.shape[1] // QK)
+    untouched = parts_of(np.full_like(q, POISON), n_padded)
+    for found, expected, before in zip(parts_of(q, n_padded), quantized(values, n_padded), untouched, strict=True):
+        filled = groups * (found.shape[1] * QK // n_padded)
+        np.testing.assert_array_equal(found[:, :filled], expected[:, :filled])
+        np.testing.assert_array_equal(found[:, filled:].view(np.uint8), before[:, filled:].view(np.uint8))
+
+
+ADD_AND_NORM = [
+    # shape; which outputs are wanted: floats, planes
+    (Shape("Q4_0", 1, 1, 32, 64, bias=True), "yq"),
+    (Shape("Q4_K", 1, 1, 70, 256), "q"),
+    (Shape("Q6_K", 2, 2, 33, 2304, squares=True), "yq"),
+    (Shape("Q8_0", 4, 3, 97, 4352), "q"),
+    (Shape("Q5_1", 8, 8, 64, 96, bias=True, squares=True), "yq"),
+    (Shape("Q2_K", 8, 5, 31, 8448), "yq"),
+    (Shape("F16", 2, 2, 129, 96), "y"),
+    (Shape("F32", 1, 1, 1, 32, bias=True), "yq"),
+    (Shape("Q3_K", 1, 1, 576, 4352), "yq"),
+]
+
+
+@pytest.mark.parametrize(("shape", "which"), ADD_AND_NORM, ids=str)
+def test_add_and_norm(backend: Backend, rng: np.random.Generator, shape: Shape, which: str) -> None:
+    """The residual stream with the results, the sums of its squares, and its norm up to the division by rms."""
+    product, n, columns = Product(backend, rng, shape), shape.rows, shape.columns
+    groups = -(-n // QK)
+    for n_padded in {padded(n, UNIT), padded(n)}:
+        residual, weight = normal(rng, columns, n + 7), normal(rng, n)
+        x, normed, sums = residual.copy(), poison(columns, n_padded), poison(columns, groups)
+        q, counters = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8), np.zeros(groups, np.int32)
+        outputs = normed if "y" in which else NULL, q if "q" in which else NULL
+        product.run(x, Then.ADD_AND_NORM, (weight, *outputs, sums, counters, n_padded))
+        assert not counters.any()
+        assert reference.nmse(x[:, :n] - residual[:, :n], product.expected) <= 1e-11  # rounded as the greater sum
+        np.testing.assert_array_equal(x[:, n:], residual[:, n:])
+        squares = np.pad(x[:, :n].astype(np.float64) ** 2, ((0, 0), (0, groups * QK - n))).reshape(columns, groups, QK)
+        np.testing.assert_allclose(sums, squares.sum(-1), rtol=1e-6)
+        expected = x[:, :n] * weight
+        if "y" in which:
+            np.testing.assert_array_equal(normed[:, :n], expected)
+            assert np.isnan(normed[:, n:]).all()
+        if "q" in which:
+            check_group_planes(q, expected, n_padded)
+
+
+GATE = [
+    (Shape("Q4_0", 1, 1, 64, 64, bias=True), "q"),
+    (Shape("Q4_K", 1, 1, 2 * 70, 256, squares=True), "q"),
+    (Shape("Q6_K", 2, 2, 2 * 33, 2304), "q"),
+    (Shape("Q8_0", 4, 3, 2 * 97, 4352, squares=True), "q"),
+    (Shape("Q5_0", 8, 8, 2 * 31, 96, bias=True, squares=True), "q"),
+    (Shape("Q5_K", 8, 5, 2 * 64, 8448), "q"),
+    (Shape("BF16", 2, 1, 2 * 45, 96), ""),
+    (Shape("F32", 1, 1, 2, 32, bias=True), "q"),
+    (Shape("Q4_1", 1, 1, 2 * 352, 128), "q"),
+]
+
+
+@pytest.mark.parametrize(("shape", "which"), GATE, ids=str)
+def test_gate(backend: Backend, rng: np.random.Generator, shape: Shape, which: str) -> None:
+    """SiLU of the first half of the rows times the second half, as floats and in planes."""
+    product, n, columns = Product(backend, rng, shape), shape.rows // 2, shape.columns
+    gate, up = product.expected[:, :n], product.expected[:, n:]
+    for n_padded in {padded(n, UNIT), padded(n)}:
+        dst, counters = poison(columns, n_padded), np.zeros(-(-n // QK), np.int32)
+        q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
+        product.run(dst, Then.GATE, (NULL, NULL, q if which else NULL, NULL, counters, n_padded))
+        assert not counters.any()
+        with np.errstate(over="ignore"):
+            assert reference.nmse(dst[:, :n], gate / (1 + np.exp(-gate)) * up) <= GATED
+        assert np.isnan(dst[:, n:]).all()
+        if which:
+            check_group_planes(q, dst[:, :n], n_padded)
+
+
+def rotated(values: Wide, rope: Floats, position: npt.NDArray[np.int32], n_rot: int) -> Wide:
+    """Heads [token][head][head_dim] with the first n_rot of their values turned by pairs."""
+    turn = rope[position].astype(np.float64)[:, None, :, :]
+    a, b, found = values[..., 0:n_rot:2], values[..., 1:n_rot:2], values.copy()
+    found[..., 0:n_rot:2], found[..., 1:n_rot:2] = (
+        a * turn[..., 0] - b * turn[..., 1],
+        a * turn[..., 1] + b * turn[..., 0],
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "columns", "k", "heads", "apart"),
+    [
+        # heads: n_head, n_head_kv, head_dim, n_rot; apart: queries, keys and values are products of their own
+        ("Q4_K", 1, 1, 256, (2, 1, 64, 64), False),
+        ("Q8_0", 4, 4, 96, (3, 1, 32, 20), True),
+        ("Q5_0", 4, 3, 2304, (2, 2, 80, 64), False),
+        ("F16", 2, 2, 96, (1, 1, 80, 80), True),
+        ("Q3_K", 8, 4, 4352, (2, 1, 32, 32), True),
+        ("Q4_1", 2, 1, 64, (1, 1, 2, 0), False),
+    ],
+)
+def test_rope_and_store(
+    backend: Backend,
+    rng: np.random.Generator,
+    kind: str,
+    batch: int,
+    columns: int,
+    k: int,
+    heads: tuple[int, int, int, int],
+    apart: bool,
+) -> None:
+    """Queries are turned in their place; keys, turned, and values are halves in the cache, and nothing else changes."""
+    n_head, n_head_kv, head_dim, n_rot = heads
+    n_context, slots, n = 6, 3, n_head * head_dim
+    position, slot = (np.array(v, np.int32)[:columns] for v in ([5, 0, 3, 3], [2, 0, 1, 2]))
+    angle = rng.uniform(-3, 3, (n_context, n_rot // 2))
+    rope = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
+    table = rope if n_rot else np.zeros(1, np.float32)
+    before = np.full((2, slots, n_head_kv, n_context, head_dim), NAN, np.uint16)
+    found, dst, products = before.copy(), poison(columns, n + 3), []
+    counts = [n_head, n_head_kv, n_head_kv] if apart else [n_head + 2 * n_head_kv]
+    for first, count in zip(np.cumsum([0, *counts[:-1]]), counts, strict=True):
+        shape = Shape(kind, batch, columns, count * head_dim, k, bias=True, squares=True)
+        product = Product(backend, rng, shape, int(first) * head_dim)
+        keys, values = found[0].copy(), found[1].copy()
+        product.run(dst, Then.ROPE_AND_STORE, rope=(keys, values, table, position, slot, *heads, n_context))
+        found[0], found[1] = keys, values
+        products.append(product.expected)
+
+    parts = np.concatenate(products, axis=1).reshape(columns, -1, head_dim)
+    query, key, value = np.split(parts, [n_head, n_head + n_head_kv], axis=1)
+    assert reference.nmse(dst[:, :n], rotated(query, rope, position, n_rot).reshape(columns, n)) <= PRODUCTS
+    assert np.isnan(dst[:, n:]).all()
+    for stored, expected in zip(found, (rotated(key, rope, position, n_rot), value), strict=True):
+        there: Halves = stored[slot, :, position]
+        scale = np.abs(expected).max()
+        # A half of the float's neighbour is as good, where the float's rounding decides.
+        np.testing.assert_allclose(there.view(np.float16), expected, rtol=2**-11 * 1.01, atol=1e-6 * scale)
+        stored[slot, :, position] = NAN
+    np.testing.assert_array_equal(found, before)
