@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,7 +15,7 @@ Backend = Simulator | Emulator
 Floats = npt.NDArray[np.float32]
 Wide = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
-Parts = tuple[npt.NDArray[np.int8], Floats, npt.NDArray[np.int16]]
+Parts = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
 QK, UNIT, UNIT_BYTES = 32, 64, 80  # values of a block and of a unit of activations in planes, and its bytes
 

@@ -16,8 +16,10 @@ import pytest
 from hipquant.codeobjects import ENGINE, QUANTIZED
 from hipquant.driver import Device
 from hipquant.errors import KernelNotFoundError
+from hipquant.quants import WEIGHT_TYPES
 from hipquant.targets import GPU_TARGETS, NVIDIA_TARGETS, GpuTarget, gpu_target
 from hipquant.toolchain.compile import FACTS, build_objects
+from hipquant.toolchain.disassemble import objdump
 from hipquant.toolchain.gpu import engine_objects
 from hipquant.toolchain.inspect import inspect
 from hipquant.toolchain.verify import SIZES, check, is_engine, summary
@@ -36,15 +38,15 @@ def built(target: GpuTarget) -> Path:
 
 
 def test_the_engine_has_names_of_its_own() -> None:
-    assert {"add_rms_norm_q8_1", "rope_store_kv_f16", "attention_split_f16", "mul_mat_vec_float_bf16"} <= NAMES
+    assert {"add_rms_norm_q8", "rope_store_kv_f16", "attention_decode_f16", "mul_mat_vec_planes_bf16_8"} <= NAMES
     assert not NAMES & {k.name for k in COMPATIBILITY}
     assert not {p.name for p in ENGINE.files()} & {p.name for p in QUANTIZED.files()}
 
 
 def test_the_cpu_has_one_object_for_both(cpu: Device) -> None:
     assert cpu.get_or_load_func("add_rms_norm_f32", ENGINE).name == "add_rms_norm_f32"
-    with pytest.raises(KernelNotFoundError, match="no kernel 'add_rms_norm_q8_1' .*nearest: .*add_rms_norm_f32"):
-        cpu.get_or_load_func("add_rms_norm_q8_1", ENGINE)
+    with pytest.raises(KernelNotFoundError, match="no kernel 'add_rms_norm_q8' .*nearest: .*add_rms_norm_f32"):
+        cpu.get_or_load_func("add_rms_norm_q8", ENGINE)
 
 
 @pytest.mark.parametrize("target", GPU_TARGETS, ids=lambda t: t.name)
@@ -76,6 +78,39 @@ def test_every_kernel_on_every_target(target: GpuTarget) -> None:
     facts = json.loads((ENGINE.folder / FACTS).read_text())[path.stem]
     assert facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert set(facts["kernels"]) == NAMES
+
+
+def has_matrix_units(target: GpuTarget) -> bool:
+    """Whether it multiplies matrices of halves."""
+    of_cdna = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx9-4-generic")
+    return target.vendor == "nvidia" or target.name.startswith(("gfx11", "gfx12")) or target.name in of_cdna
+
+
+@pytest.mark.parametrize("target", GPU_TARGETS, ids=lambda t: t.name)
+def test_instructions_that_a_target_has(target: GpuTarget) -> None:
+    """Attention of long passes multiplies matrices, products of quantized weights take int8 dot products."""
+    facts = json.loads((ENGINE.folder / FACTS).read_text())[built(target).stem]["kernels"]
+    assert bool(facts["attention_prefill_f16"]["matrix"]) == has_matrix_units(target)
+    for row in GPU_ENGINE:
+        if row.family == "mul_mat_vec_planes":
+            assert bool(facts[row.name]["dot4"]) == (target.dot4 and row.type in WEIGHT_TYPES), row.name
+        if row.family == "mul_mat_planes":
+            assert bool(facts[row.name]["dot4"] + facts[row.name]["matrix"]) == target.dot4, row.name
+
+
+@pytest.mark.skipif(objdump() is None, reason="llvm-objdump, which lists machine code, is not installed")
+@pytest.mark.parametrize("name", ["gfx900", "gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1201"])
+def test_memory_is_known_to_be_global(name: str) -> None:
+    """Where the compiler does not know it, an access (flat_load) is counted with those of shared memory, and what
+    needs the first of several loads waits for all of them."""
+    command = [str(objdump()), "-d", "--no-show-raw-insn", str(built(gpu_target(name)))]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\tglobal_load_", listing)
+    found: dict[str, int] = {}
+    for function in re.split(r"^[0-9a-f]{16} <", listing, flags=re.MULTILINE)[1:]:
+        if flat := len(re.findall(r"^\tflat_", function, re.MULTILINE)):
+            found[function.partition(">")[0]] = flat
+    assert not found
 
 
 @pytest.mark.parametrize("name", ["gfx90c", "gfx9-4-generic", "gfx12-generic"])

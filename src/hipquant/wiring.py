@@ -388,20 +388,25 @@ def _gpu_engine() -> Iterator[Kernel]:
                 f"mul_mat_vec_planes_{t.suffix}_{b}",
                 "const void* x, const void* y, const float* squares, float eps, int ncols_x, int nrows_x, int ncols_y,"
                 " int n_padded, const float* bias, float* dst, int first, int nrows_dst, int then, const float* weight,"
-                " float* normed, void* q, float* sums, int* counters, int n_padded_q, uint16_t* k_cache,"
+                " float* normed, void* q, float* sums, int n_padded_q, uint16_t* k_cache,"
                 " uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,"
                 " int n_head_kv, int head_dim, int n_rot, int n_context",
-                (32, 4 if b <= 2 else 8, 1),
-                lambda nrows, units, ncols, b=b: (_ceil(nrows, _rows_to_a_block(units, b)), _ceil(ncols, b), 1),
+                (32, 8, 1),
+                lambda nrows, units, ncols, then=0, b=b: (
+                    _ceil(nrows, _rows_to_a_block(units, b, then)),
+                    _ceil(ncols, b),
+                    1,
+                ),
                 t,
                 b,
             )
 
 
-def _rows_to_a_block(units: int, batch: int) -> int:
-    """Rows that a block of `mul_mat_vec_planes_*` takes: 1, 2 or 4 of its 4 teams share 4; 32 where columns are many."""
+def _rows_to_a_block(units: int, batch: int, then: int) -> int:
+    """Rows that a block of `mul_mat_vec_planes_*` takes: as many as become 32 activations, where they do; else those
+    that its 8 teams, of which 1, 2 or 4 share 4 or 2, have at once, or 32 where columns are many."""
     share = 1 if units <= 32 else 2 if units <= 64 or 128 < units <= 192 else 4
-    return 4 // share * 4 if batch <= 2 else 32
+    return {1: 32, 2: 64}.get(then) or (32 // share if batch == 1 else 16 // share if batch == 2 else 32)
 
 
 COMPATIBILITY: tuple[Kernel, ...] = (

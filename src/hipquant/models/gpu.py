@@ -85,7 +85,7 @@ class GpuBlocks(Blocks[Products]):
             "gate_up": 8 * CHUNK * s.n_ff,
             "partial": 4 * splits * s.n_head * (s.head_dim + 2),
             "squares": 4 * MAX_CAPTURED * -(-s.n_embd // 32),
-            "counters": 4 * max(-(-max(s.n_embd, s.n_ff) // 32), MAX_CAPTURED * s.n_head_kv),
+            "counters": 4 * MAX_CAPTURED * s.n_head_kv,
             "logits": 4 * MAX_CAPTURED * s.n_vocab,
             "sampling's states": 4 * STATE_WORDS * sequences,
             "sampling's tokens": 4 * n_context * sequences,
@@ -141,7 +141,7 @@ class GpuBlocks(Blocks[Products]):
         floats, planes = products.wants(x)
         if self._branch is not None and n <= MAX_CAPTURED:
             x.squares = self.squares
-            norm = weight, floats, planes, self.squares, self.counters, x.n_padded
+            norm = weight, floats, planes, self.squares, x.n_padded
             self._branch(Then(ThenKind.ADD_AND_NORM, s.n_embd, norm=norm))
             return
         residual = None
@@ -218,7 +218,7 @@ class GpuBlocks(Blocks[Products]):
         self._norm(layer.ffn_norm, n, layer.gate_up)
         floats, planes = layer.down.wants(x)
         if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1:
-            norm = None, None, planes, None, self.counters, x.n_padded
+            norm = None, None, planes, None, x.n_padded
             layer.gate_up.few(self.normed, x.floats, n, then=Then(ThenKind.GATE, x.n_padded, norm=norm))
         else:
             (layer.gate_up.few if n <= MAX_CAPTURED else layer.gate_up.many)(self.normed, self.gate_up, n)
@@ -240,9 +240,7 @@ class GpuBlocks(Blocks[Products]):
             self.output(first + at, n)
             logits[at : at + n] = self.read_logits(n)
 
-    def set_sampling(
-        self, slot: int, state: npt.NDArray[np.uint32], recent: npt.NDArray[np.int32], first: int
-    ) -> None:
+    def set_sampling(self, slot: int, state: npt.NDArray[np.uint32], recent: npt.NDArray[np.int32], first: int) -> None:
         (states, tokens, _), stream, n = self._sampling, self.kernels.stream, len(recent)
         stream.synchronize()
         staged = self._staged_sampling[: STATE_WORDS + n]

@@ -63,7 +63,7 @@ class Then:
 
     kind: ThenKind = ThenKind.STORE
     stride: int = 0  # of the columns of what is written; 0: as many as there are rows
-    norm: tuple[object, ...] = (None, None, None, None, None, 0)  # weight, floats, planes, sums, counters, n_padded
+    norm: tuple[object, ...] = (None, None, None, None, 0)  # weight, floats, planes, sums, n_padded
     rope: tuple[object, ...] = (None, None, None, None, None, 1, 1, 2, 0, 1)  # caches to n_context
 
 
@@ -122,7 +122,7 @@ class Products:
     ) -> None:
         batch = next((b for b in PLANE_BATCHES if b >= n), PLANE_BATCHES[-1])
         kernel = wiring.find("mul_mat_vec_planes", run.type, batch=batch)
-        grid = kernel.grid(nrows=run.rows, units=plane_units(self.k), ncols=n)
+        grid = kernel.grid(nrows=run.rows, units=plane_units(self.k), ncols=n, then=int(then.kind))
         y, squares = x.of(run.quantized, first), x.squares_of(first)
         biases = self.bias if bias else None
         self.kernels(kernel, grid, run.weights, y, squares, x.eps, self.k, run.rows, n, x.n_padded, biases, dst,

@@ -115,9 +115,7 @@ class Blocks(ABC, Generic[L]):
         self.kernels.stream.synchronize()
         return logits
 
-    def set_sampling(
-        self, slot: int, state: npt.NDArray[np.uint32], recent: npt.NDArray[np.int32], first: int
-    ) -> None:
+    def set_sampling(self, slot: int, state: npt.NDArray[np.uint32], recent: npt.NDArray[np.int32], first: int) -> None:
         """How `sample` draws for a sequence from here on (`sampling.state`), and its tokens from position `first` on."""
         raise NotImplementedError
 

@@ -43,6 +43,13 @@ template <int kMask> HQ_INLINE int shuffle_xor(int v) {
 #endif
 }
 
+#if defined(__gfx900__) || defined(__gfx90c__) || defined(__gfx1010__) || defined(__gfx9_generic__) ||               \
+    defined(__gfx10_1_generic__)
+constexpr bool kDotInstructions = false;
+#else
+constexpr bool kDotInstructions = true;
+#endif
+
 // c + the products of 4 pairs of int8.
 HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
 #if defined(__GFX11__) || defined(__GFX12__)
@@ -69,8 +76,9 @@ HQ_INLINE uint32_t opaque(uint32_t v) {
 }
 
 HQ_INLINE uint8_t* opaque(uint8_t* p) {
-    asm("" : "+v"(p));
-    return p;
+    auto* global = (__attribute__((address_space(1))) uint8_t*)p;  // known to be, or loads are flat ones
+    asm("" : "+v"(global));
+    return (uint8_t*)global;
 }
 // v, computed here: not later, where the compiler would sink it to, with what it is made of in registers.
 HQ_INLINE float computed_here(float v) {

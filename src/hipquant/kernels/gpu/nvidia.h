@@ -28,6 +28,7 @@ template <int kMask> HQ_INLINE int shuffle_xor(int v) {
     asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(r) : "r"(v), "n"(kMask));
     return r;
 }
+constexpr bool kDotInstructions = true;
 HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
     int r;
     asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));

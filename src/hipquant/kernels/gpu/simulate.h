@@ -60,6 +60,7 @@ HQ_INLINE float wave_shuffle_xor(float v, int mask, HQ_SITE) {
     return __builtin_bit_cast(float, hq_shuffle_xor(__builtin_bit_cast(int, v), mask, hq_now.wave, file, line));
 }
 
+constexpr bool kDotInstructions = kMatrixUnits;
 HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
     for (int i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
     return c;

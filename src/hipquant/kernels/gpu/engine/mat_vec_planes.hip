@@ -102,9 +102,15 @@ template <class W, int kRows> struct Rows {
     uint32_t lane, lanes, count;
     typename W::Unit ahead[kRows];
 
-    HQ_MEMBER void load_first() {
+    // Rows `first` and on of a block whose first pair is `begin`.
+    HQ_MEMBER void begin_rows(const Product& p, uint32_t units, int kind, int begin, int first) {
+        const int pairs = (p.nrows + 1) / 2;
 #pragma unroll
-        for (int r = 0; r < kRows; r++) ahead[r] = W::load(rows[r], lane < count ? lane : count - 1);
+        for (int r = 0; r < kRows; r++) {
+            const uint32_t row = row_of_block(kind, begin, first + r, pairs, p.nrows);
+            rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, row};
+            ahead[r] = W::load(rows[r], lane < count ? lane : count - 1);
+        }
     }
     // Adds the products with `columns` of kColumns columns from `first` on to acc[column][row].
     template <int kColumns> HQ_MEMBER void multiply(float* acc, const Product& p, int first, int columns) {
@@ -126,55 +132,52 @@ template <class W, int kRows> struct Rows {
     }
 };
 
-// Teams of a block, and rows that share the loads of their columns (H200, 2026-11-22).
-constexpr int teams_of(int columns) { return columns <= 2 ? 4 : 8; }
-constexpr int rows_at_once(int columns) { return columns <= 2 ? 4 : 2; }
+constexpr int kTeams = 8;
+// Rows that share the loads of their columns; where dot products are many instructions, registers are for 2.
+constexpr int rows_at_once(int columns) { return columns == 1 && kDotInstructions ? 4 : 2; }
+// Pairs of rows that a block takes where nothing else says how many; wiring.py knows it too.
+HQ_INLINE int usual_pairs(int columns, int log2) { return columns == 1 ? 16 >> log2 : columns == 2 ? 8 >> log2 : 16; }
 
-// A block takes as many rows as its teams have at once or, of 4 columns and more, 32: one turn after the other.
+// A block takes its rows in turns; the next turn's weights are on their way when the sums of one are put together.
 template <class W, int kColumns> HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
-    constexpr int kRows = rows_at_once(kColumns), kTeams = teams_of(kColumns), kBlockRows = kColumns <= 2 ? 16 : 32;
-    HQ_SHARED float partial[kTeams][kRows * kColumns], scales[kColumns], results[kBlockRows][kColumns];
+    constexpr int kRows = rows_at_once(kColumns);
+    HQ_SHARED float partial[kTeams][kRows * kColumns];
+    HQ_SHARED BlockResults<kTeams, kColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights;
     const int log2 = log2_share(units), share = 1 << log2, team = thread_y(), at_once = (kTeams >> log2) * kRows;
-    const int to_block = (kColumns <= 2 ? at_once : kBlockRows) / 2, pairs = (p.nrows + 1) / 2;
+    const int to_block = pairs_to_block(then.kind, usual_pairs(kColumns, log2)), pairs = (p.nrows + 1) / 2;
     const int skipped = (int)block_y() * kColumns, left = p.columns - skipped;
     const int columns = left < kColumns ? left : kColumns, begin = (int)block_x() * to_block;
     const int thread = team * 32 + thread_x(), c = thread % kColumns, at = thread / kColumns;
     Rows<W, kRows> weights;
     weights.lanes = 32u << log2, weights.lane = (uint32_t)((team & (share - 1)) * 32 + thread_x());
     weights.count = W::count(units);
+    weights.begin_rows(p, units, then.kind, begin, (team >> log2) * kRows);
+    Follow<kTeams, kColumns> follow{p, then, skipped, columns, begin, to_block, 0, {}, {}, 0, 0};
+    follow.load_constants();
+    wait_for_inputs();
+    follow.load_inputs();
 #pragma unroll 1
     for (int first = 0; first < 2 * to_block; first += at_once) {
-        const int mine = first + (team >> log2) * kRows;  // of the block's rows: pairs of neighbours
-#pragma unroll
-        for (int r = 0; r < kRows; r++) {
-            const int pair = begin + (mine + r) / 2;
-            const int row = then.kind == kGate ? pair + (r % 2 ? pairs : 0) : 2 * pair + r % 2;
-            weights.rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, (uint32_t)(row < p.nrows ? row : p.nrows - 1)};
-        }
-        weights.load_first();
-        if (first == 0) wait_for_inputs();
-        else barrier();  // what is in shared memory has been read
         float acc[kRows * kColumns] = {};
         weights.template multiply<kColumns>(acc, p, skipped, columns);
+        const int next = first + at_once;
+        if (next < 2 * to_block) weights.begin_rows(p, units, then.kind, begin, next + (team >> log2) * kRows);
         const int which = team_sums<kRows * kColumns>(acc);
         if (which >= 0) partial[team][which] = acc[0];
         barrier();
         if (at < at_once) {
             float v = 0;
             for (int t = 0; t < share; t++) v += partial[(at / kRows << log2) + t][kRows * c + at % kRows];
-            results[first + at][c] = v;
+            results.v[first + at][c] = v;
         }
-        if (kColumns <= 2) break;
+        if (begin + next / 2 >= pairs) break;
+        if (next < 2 * to_block) barrier();  // what is in shared memory has been read
     }
-    store_scales<kTeams>(scales, p, skipped, columns);
+    follow.store_squares(results.squares);
     barrier();
-    if (at < to_block && c < columns && begin + at < pairs)
-        store_pair(then, skipped + c, begin + at, p.nrows, results[2 * at][c] * scales[c],
-            results[2 * at + 1][c] * scales[c]);
-    if (then.kind == kGate) finish_group<kTeams>(then, columns, begin, to_block, pairs);
-    if (then.kind == kAddAndNorm) finish_group<kTeams>(then, columns, 2 * begin, 2 * to_block, p.nrows);
+    follow.store(results);
 }
 
 #if HQ_HALF_MATRICES
@@ -191,33 +194,30 @@ template <class F, int kColumns> HQ_INLINE void mul_floats(const Product& p, con
     mul_mat_vec_planes<FloatWeights<F>, kColumns>(p, then);
 }
 
-// Blocks that shall be resident on an NVIDIA multiprocessor, by registers: of one column 5 leave 96 to a thread, 4 leave
-// 128; of many columns 2 leave 128 (H200, 2026-11-22).
-constexpr int resident(int columns, int unit_bytes) {
-    return columns > 2 ? 2 : columns == 2 ? 3 : unit_bytes <= 40 ? 5 : 4;
-}
+// Blocks that shall be resident on an NVIDIA multiprocessor: 2 leave 128 registers to a thread (H200, 2026-11-22).
+constexpr int resident(int) { return 2; }
 
-#define HQ_ENTRY(suffix, multiply, W, columns, unit_bytes)                                                             \
-    HQ_RESIDENT_KERNEL(32 * teams_of(columns), resident(columns, unit_bytes))                                          \
+#define HQ_ENTRY(suffix, multiply, W, columns)                                                                         \
+    HQ_RESIDENT_KERNEL(32 * kTeams, resident(columns))                                                                 \
     mul_mat_vec_planes_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps,             \
         int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst,  \
-        int then, const float* weight, float* normed, void* q, float* sums, int* counters, int n_padded_q,             \
+        int then, const float* weight, float* normed, void* q, float* sums, int n_padded_q,             \
         uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,     \
         int n_head_kv, int head_dim, int n_rot, int n_context) {                                                       \
         multiply<W, columns>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                \
-            {then, bias, dst, first, nrows_dst, weight, normed, (uint8_t*)q, sums, counters, n_padded_q, k_cache,      \
+            {then, bias, dst, first, nrows_dst, weight, normed, (uint8_t*)q, sums, n_padded_q, k_cache,      \
                 v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context});                        \
     }
-#define HQ_ENTRIES(suffix, multiply, W, unit_bytes)                                                                    \
-    HQ_ENTRY(suffix, multiply, W, 1, unit_bytes)                                                                       \
-    HQ_ENTRY(suffix, multiply, W, 2, unit_bytes)                                                                       \
-    HQ_ENTRY(suffix, multiply, W, 4, unit_bytes)                                                                       \
-    HQ_ENTRY(suffix, multiply, W, 8, unit_bytes)
-#define HQ_QUANTIZED(suffix, Q) HQ_ENTRIES(suffix, mul_quantized, Q, (int)sizeof(Q::Planes::Unit))
+#define HQ_ENTRIES(suffix, multiply, W)                                                                                \
+    HQ_ENTRY(suffix, multiply, W, 1)                                                                                   \
+    HQ_ENTRY(suffix, multiply, W, 2)                                                                                   \
+    HQ_ENTRY(suffix, multiply, W, 4)                                                                                   \
+    HQ_ENTRY(suffix, multiply, W, 8)
+#define HQ_QUANTIZED(suffix, Q) HQ_ENTRIES(suffix, mul_quantized, Q)
 HQ_PLANES(HQ_QUANTIZED)
-HQ_ENTRIES(f32, mul_floats, WordsF32, 32)
-HQ_ENTRIES(f16, mul_floats, WordsF16, 16)
-HQ_ENTRIES(bf16, mul_floats, WordsBF16, 16)
+HQ_ENTRIES(f32, mul_floats, WordsF32)
+HQ_ENTRIES(f16, mul_floats, WordsF16)
+HQ_ENTRIES(bf16, mul_floats, WordsBF16)
 #undef HQ_ENTRY
 #undef HQ_ENTRIES
 #undef HQ_QUANTIZED

@@ -1,6 +1,6 @@
 // What becomes of the products of a mat-vec: they are stored, added to the residual stream and normed, gated, or rotated
-// and stored in the KV cache. What follows needs 32 neighbours, for one d of the activations in planes, is done by the
-// last block to arrive of those that make them.
+// and stored in the KV cache. What is normed or gated becomes activations in planes, of which 32 have one d: a block
+// makes all of them.
 #pragma once
 #include "rows.h"
 
@@ -22,7 +22,6 @@ struct Then {
     float* normed;          // kAddAndNorm: [column][n_padded] floats, or null
     uint8_t* q;             // kAddAndNorm and kGate: columns in planes, or null
     float* sums;            // kAddAndNorm: [column][group of 32] sums of squares
-    int* counters;          // one a group
     int n_padded;
     uint16_t *k_cache, *v_cache;
     const float* rope;
@@ -30,75 +29,139 @@ struct Then {
     int n_head, n_head_kv, head_dim, n_rot, n_context;
 };
 
-// Values `row` and `row` + 1 of the queries, keys and values of a token.
-HQ_INLINE void rope_and_store(const Then& t, int column, int row, float a, float b) {
-    const int head = row / t.head_dim, i = row % t.head_dim, at = t.position[column];
-    const bool query = head < t.n_head, value = head >= t.n_head + t.n_head_kv;
-    if (!value && i < t.n_rot) {
-        const float* angle = t.rope + (int64_t)at * t.n_rot + i;
-        const float c = angle[0], s = angle[1], first = a * c - b * s;
-        b = a * s + b * c, a = first;
-    }
-    if (query) {
-        float* to = t.dst + (int64_t)column * t.nrows_dst + row;
-        to[0] = a, to[1] = b;
-        return;
-    }
-    const int kv_head = head - t.n_head - (value ? t.n_head_kv : 0);
-    const int64_t cache_row = ((int64_t)t.slot[column] * t.n_head_kv + kv_head) * t.n_context + at;
-    *(uint32_t*)((value ? t.v_cache : t.k_cache) + cache_row * t.head_dim + i) =
-        float_to_half(a) | (uint32_t)float_to_half(b) << 16;
+// Pairs of rows that a block takes: those that make 32 activations, or `others`.
+HQ_INLINE int pairs_to_block(int kind, int others) { return kind == kGate ? 32 : kind == kAddAndNorm ? 16 : others; }
+
+// The row of the matrix that row r of a block is, whose first pair is `begin`: pairs are neighbours or, where they are
+// gated, `pairs` apart. Behind the last row it is repeated.
+HQ_INLINE uint32_t row_of_block(int kind, int begin, int r, int pairs, int nrows) {
+    const int pair = begin + r / 2, row = kind == kGate ? pair + (r % 2 ? pairs : 0) : 2 * pair + r % 2;
+    return (uint32_t)(row < nrows ? row : nrows - 1);
 }
 
-// What follows for a pair of rows, 2 pair and 2 pair + 1, or pair and pair + nrows / 2 where they are gated.
-HQ_INLINE void store_pair(const Then& t, int column, int pair, int nrows, float a, float b) {
-    float* dst = t.dst + (int64_t)column * t.nrows_dst;
-    if (t.kind == kGate) {
-        if (t.bias) a += t.bias[pair], b += t.bias[pair + nrows / 2];
-        dst[pair] = a / (1 + exp_(-a)) * b;
-        return;
-    }
-    const int row = t.first + 2 * pair;
-    const bool both = 2 * pair + 1 < nrows;
-    if (t.bias) a += t.bias[row], b += both ? t.bias[row + 1] : 0;
-    if (t.kind == kRopeAndStore) return rope_and_store(t, column, row, a, b);
-    if (t.kind == kAddAndNorm) a += dst[row], b += both ? dst[row + 1] : 0;
-    dst[row] = a;
-    if (both) dst[row + 1] = b;
-}
+// A block's results, rows as row_of_block() has them, and what follows.
+template <int kTeams, int kColumns> struct BlockResults {
+    float v[64][kColumns], stored[32][kColumns], squares[kTeams];
+};
 
-// The group of 32 results that this block has `to_block` of, from `begin` on, of n, where it is complete now.
-template <int kTeams> HQ_INLINE void finish_group(const Then& t, int columns, int begin, int to_block, int n) {
-    HQ_SHARED int last;
-    const int group = begin / 32, size = n - group * 32 < 32 ? n - group * 32 : 32;
-    int count = 0;
-    for (int done = 0; done < size; done += to_block) count++;
-    if (!is_last_block(t.counters + group, count, &last)) return;
-    const int i = group * 32 + thread_x();
-    for (int c = thread_y(); c < columns; c += kTeams) {
-        float v = i < n ? t.dst[(int64_t)c * t.nrows_dst + i] : 0;
-        if (t.kind == kAddAndNorm) {
-            const float sum = team_sum(v * v);
-            if (thread_x() == 0) t.sums[(int64_t)c * ((n + 31) / 32) + group] = sum;
-            if (i < n) v *= t.weight[i];
+// What a thread does behind the products, for a pair of rows and a column: of `columns` columns from `first_column` on and
+// `to_block` pairs from `begin` on. What that takes of memory is loaded ahead, as each wait for it would delay the
+// kernel behind; it is little, as it takes registers while the products are made.
+template <int kTeams, int kColumns> struct Follow {
+    static_assert(kColumns <= kTeams, "a team takes a column");
+    static constexpr int kLanes = kColumns == 1 ? 32 * kTeams : 32;  // to a column's sums of squares
+    static constexpr int kAhead = kColumns == 1 ? 1 : 4;
+    const Product& p;
+    const Then& then;
+    int first_column, columns, begin, to_block;
+    float weight, squares[kAhead], other[2];  // other: the residual stream, or cosine and sine
+    int at, slot;                             // of the token, in the KV cache
+
+    HQ_MEMBER int thread() const { return thread_y() * 32 + thread_x(); }
+    HQ_MEMBER int column() const { return thread() % kColumns; }
+    HQ_MEMBER int pair() const { return begin + thread() / kColumns; }
+    HQ_MEMBER int pairs() const { return (p.nrows + 1) / 2; }
+    HQ_MEMBER bool has_pair() const { return pair() < begin + to_block && pair() < pairs() && column() < columns; }
+    HQ_MEMBER int row() const { return then.first + 2 * pair(); }
+    HQ_MEMBER bool has_both() const { return 2 * pair() + 1 < p.nrows; }
+    HQ_MEMBER float* results_of(int c) const { return then.dst + (int64_t)(first_column + c) * then.nrows_dst; }
+    // Activation `lane` of 32 of a column that become so.
+    HQ_MEMBER int activation() const { return (then.kind == kGate ? begin : 2 * begin) + thread_x(); }
+    HQ_MEMBER int activations() const { return then.kind == kGate ? pairs() : p.nrows; }
+    HQ_MEMBER int groups() const { return (p.ncols + 31) / 32; }
+    HQ_MEMBER const float* sums_of_squares() const {  // of the thread's column
+        const int c = kColumns == 1 ? 0 : thread_y();
+        return p.squares && c < columns ? p.squares + (int64_t)(first_column + c) * groups() : nullptr;
+    }
+
+    HQ_MEMBER void load_constants() {
+        const bool normed = then.kind == kAddAndNorm && activation() < activations();
+        weight = normed ? then.weight[activation()] : 1;
+    }
+    // Behind wait_for_inputs().
+    HQ_MEMBER void load_inputs() {
+        other[0] = 1, other[1] = 0, at = slot = 0;
+        if (has_pair() && then.kind == kAddAndNorm) {
+            other[0] = results_of(column())[row()], other[1] = has_both() ? results_of(column())[row() + 1] : 0;
+        } else if (has_pair() && then.kind == kRopeAndStore) {
+            const int head = row() / then.head_dim, i = row() % then.head_dim;
+            at = then.position[first_column + column()], slot = then.slot[first_column + column()];
+            const float* angle = then.rope + (int64_t)at * then.n_rot + i;
+            if (head < then.n_head + then.n_head_kv && i < then.n_rot) other[0] = angle[0], other[1] = angle[1];
         }
-        if (t.normed && i < n) t.normed[(int64_t)c * t.n_padded + i] = v;
-        if (t.q) store_activations<1>(t.q + c * column_bytes(t.n_padded), t.n_padded, i, &v, true);
+        const float* sums = sums_of_squares();
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            const int group = thread() % kLanes + kLanes * i;
+            squares[i] = sums && group < groups() ? sums[group] : 0;
+        }
     }
-}
-
-// 1 / rms of a column, from the sums of squares of its groups.
-HQ_INLINE float inverse_rms(const float* squares, int n, float eps) {
-    float sum = 0;
-    for (int i = thread_x(); i < (n + 31) / 32; i += 32) sum += squares[i];
-    return 1 / square_root(team_sum(sum) / (float)n + eps);
-}
-
-// The factors of `columns` columns from `first` on, by which their products are multiplied.
-template <int kTeams> HQ_INLINE void store_scales(float* scales, const Product& p, int first, int columns) {
-    for (int c = thread_y(); c < columns; c += kTeams) {
-        const float* squares = p.squares + (int64_t)(first + c) * ((p.ncols + 31) / 32);
-        const float scale = p.squares ? inverse_rms(squares, p.ncols, p.eps) : 1;
-        if (thread_x() == 0) scales[c] = scale;
+    // The sums of squares of a column, in front of a barrier.
+    HQ_MEMBER void store_squares(float* to) const {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) sum += squares[i];
+        if (const float* sums = sums_of_squares())
+            for (int i = thread() % kLanes + kLanes * kAhead; i < groups(); i += kLanes) sum += sums[i];
+        sum = team_sum(sum);
+        if (thread_x() == 0) to[thread_y()] = sum;
     }
-}
+    // What the products of a column are multiplied by: 1 / rms.
+    HQ_MEMBER float scale(const float* sums, int c) const {
+        if (!p.squares) return 1;
+        float sum = 0;
+        for (int i = 0; i < (kColumns == 1 ? kTeams : 1); i++) sum += sums[c + i];
+        return 1 / square_root(sum / (float)p.ncols + p.eps);
+    }
+    // Behind the barrier.
+    HQ_MEMBER void store(BlockResults<kTeams, kColumns>& results) const {
+        if (has_pair()) {
+            const int i = pair() - begin, c = column();
+            const float s = scale(results.squares, c);
+            float a = results.v[2 * i][c] * s, b = results.v[2 * i + 1][c] * s;
+            store_pair(a, b);
+            if (then.kind == kGate) results.stored[i][c] = a;
+            if (then.kind == kAddAndNorm) results.stored[2 * i][c] = a, results.stored[2 * i + 1][c] = b;
+        }
+        if (then.kind != kGate && then.kind != kAddAndNorm) return;
+        barrier();
+        if (thread_y() < columns) store_activation(first_column + thread_y(), results.stored[thread_x()][thread_y()]);
+    }
+    // a and b, the products, become what is stored.
+    HQ_MEMBER void store_pair(float& a, float& b) const {
+        float* dst = results_of(column());
+        if (then.kind == kGate) {
+            if (then.bias) a += then.bias[pair()], b += then.bias[pair() + pairs()];
+            dst[pair()] = a = a / (1 + exp_(-a)) * b;
+            return;
+        }
+        if (then.bias) a += then.bias[row()], b += has_both() ? then.bias[row() + 1] : 0;
+        if (then.kind == kAddAndNorm) a += other[0], b += other[1];
+        if (then.kind == kRopeAndStore) {
+            const float first = a * other[0] - b * other[1];
+            b = a * other[1] + b * other[0], a = first;
+            if (row() >= then.n_head * then.head_dim) return store_in_cache(a, b);
+        }
+        dst[row()] = a;
+        if (has_both()) dst[row() + 1] = b;
+    }
+    HQ_MEMBER void store_in_cache(float a, float b) const {
+        const int head = row() / then.head_dim - then.n_head, n_head_kv = then.n_head_kv;
+        const bool value = head >= n_head_kv;
+        const int64_t cache_row = ((int64_t)slot * n_head_kv + (value ? head - n_head_kv : head)) * then.n_context + at;
+        *(uint32_t*)((value ? then.v_cache : then.k_cache) + cache_row * then.head_dim + row() % then.head_dim) =
+            float_to_half(a) | (uint32_t)float_to_half(b) << 16;
+    }
+    // One of 32 that a team has.
+    HQ_MEMBER void store_activation(int column, float v) const {
+        const int i = activation();
+        v = i < activations() ? v : 0;
+        if (then.kind == kAddAndNorm) {
+            const float sum = team_sum(v * v);
+            if (thread_x() == 0) then.sums[(int64_t)column * ((p.nrows + 31) / 32) + i / 32] = sum;
+            v *= weight;
+        }
+        if (then.normed && i < activations()) then.normed[(int64_t)column * then.n_padded + i] = v;
+        if (then.q) store_activations<1>(then.q + column * column_bytes(then.n_padded), then.n_padded, i, &v, true);
+    }
+};

@@ -41,15 +41,25 @@ template <class Q> struct TileProduct {
     using P = typename Q::Planes;
     PlaneRow rows[4];
     typename P::Unit ahead[4];
-    float acc[2][4] = {};
 
     HQ_MEMBER uint32_t unit(uint32_t step) const { return 4 * step + (uint32_t)thread_x() % 4; }
     HQ_MEMBER void load(int r, uint32_t step) {
         const uint32_t u = unit(step), last = rows[r].units - 1;
         ahead[r] = P::load(rows[r], u < last ? u : last);
     }
+    // Rows `first` and on of a block whose first pair is `begin`, 8 of them a lane's own apart.
+    HQ_MEMBER void begin_rows(const Product& p, uint32_t units, int kind, int begin, int first) {
+        const int lane = thread_x(), pairs = (p.nrows + 1) / 2;
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const uint32_t row = row_of_block(kind, begin, first + 8 * r + lane / 4, pairs, p.nrows);
+            rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, row};
+            load(r, (uint32_t)thread_y());
+        }
+    }
     // Units of the step, whose activations are 0 behind the last one; the next ones are loaded.
-    HQ_MEMBER void multiply(const uint8_t* column, uint32_t y_units, uint32_t step, uint32_t next, uint32_t end) {
+    HQ_MEMBER void multiply(
+        float (*acc)[4], const uint8_t* column, uint32_t y_units, uint32_t step, uint32_t next, uint32_t end) {
         const ActivationUnit y = load_activations(column, y_units, unit(step));
         uint32_t b[16][2];
 #pragma unroll
@@ -77,39 +87,40 @@ template <class Q> struct TileProduct {
 };
 
 template <class Q> HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Then& then) {
-    HQ_SHARED float partial[kTileTeams][kTileRows * kTileColumns], scales[kTileColumns];
+    HQ_SHARED float partial[kTileTeams][kTileRows * kTileColumns];
+    HQ_SHARED BlockResults<kTileTeams, kTileColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, steps = (units + 3) / 4;
-    const int team = thread_y(), lane = thread_x(), pairs = (p.nrows + 1) / 2, first = (int)block_x() * (kTileRows / 2);
+    const int team = thread_y(), lane = thread_x(), thread = team * 32 + lane, pairs = (p.nrows + 1) / 2;
+    const int to_block = pairs_to_block(then.kind, kTileRows / 2), begin = (int)block_x() * to_block;
     TileProduct<Q> product;
-#pragma unroll
-    for (int r = 0; r < 4; r++) {
-        const int local = 8 * r + lane / 4;  // of a pair of rows that are gated, one is in either half of the tile
-        const int row = then.kind == kGate ? first + local % 16 + (local / 16 ? pairs : 0) : 2 * first + local;
-        product.rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, (uint32_t)(row < p.nrows ? row : p.nrows - 1)};
-        product.load(r, (uint32_t)team);
-    }
+    product.begin_rows(p, units, then.kind, begin, 0);
+    Follow<kTileTeams, kTileColumns> follow{p, then, 0, p.columns, begin, to_block, 0, {}, {}, 0, 0};
+    follow.load_constants();
     wait_for_inputs();
+    follow.load_inputs();
 
     const int column = lane / 4 < p.columns ? lane / 4 : p.columns - 1;
     const uint8_t* y = (const uint8_t*)p.y + column * column_bytes(p.n_padded);
-    for (uint32_t step = (uint32_t)team; step < steps; step += kTileTeams)
-        product.multiply(y, (uint32_t)p.n_padded / kUnitWeights, step, step + kTileTeams, steps);
+#pragma unroll 1
+    for (int first = 0; first < 2 * to_block; first += kTileRows) {
+        float acc[2][4] = {};
+        for (uint32_t step = (uint32_t)team; step < steps; step += kTileTeams)
+            product.multiply(acc, y, (uint32_t)p.n_padded / kUnitWeights, step, step + kTileTeams, steps);
+        const int next = first + kTileRows;
+        if (next < 2 * to_block) product.begin_rows(p, units, then.kind, begin, next);
 #pragma unroll
-    for (int m = 0; m < 2; m++)
-        for (int i = 0; i < 4; i++)
-            partial[team][(16 * m + 8 * (i / 2) + lane / 4) * kTileColumns + 2 * (lane % 4) + i % 2] = product.acc[m][i];
-    store_scales<kTileTeams>(scales, p, 0, p.columns);
-    barrier();
-    const int i = team * 32 + lane, c = i % kTileColumns, at = i / kTileColumns;  // a pair and a column
-    if (at < kTileRows / 2 && c < p.columns && first + at < pairs) {
-        float v[2] = {0, 0};
-        for (int r = 0; r < 2; r++) {
-            const int local = then.kind == kGate ? at + r * (kTileRows / 2) : 2 * at + r;
-            for (int t = 0; t < kTileTeams; t++) v[r] += partial[t][local * kTileColumns + c];
-        }
-        store_pair(then, c, first + at, p.nrows, v[0] * scales[c], v[1] * scales[c]);
+        for (int m = 0; m < 2; m++)
+            for (int i = 0; i < 4; i++)
+                partial[team][(16 * m + 8 * (i / 2) + lane / 4) * kTileColumns + 2 * (lane % 4) + i % 2] = acc[m][i];
+        barrier();
+        float v = 0;
+        for (int t = 0; t < kTileTeams; t++) v += partial[t][thread];
+        results.v[first + thread / kTileColumns][thread % kTileColumns] = v;
+        if (begin + next / 2 >= pairs) break;
+        if (next < 2 * to_block) barrier();
     }
-    if (then.kind == kGate) finish_group<kTileTeams>(then, p.columns, first, kTileRows / 2, pairs);
-    if (then.kind == kAddAndNorm) finish_group<kTileTeams>(then, p.columns, 2 * first, kTileRows, p.nrows);
+    follow.store_squares(results.squares);
+    barrier();
+    follow.store(results);
 }
