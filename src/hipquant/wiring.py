@@ -31,6 +31,7 @@ Dim3 = tuple[int, int, int]
 Silicon = Literal["any", "cpu", "gpu"]  # whose code objects have a kernel
 PROFILES = ("hip", "cuda")
 MAX_BATCH = 8  # columns that one mul_mat_vec kernel takes
+GATED = 2  # what becomes of the products of mul_mat_vec_planes: pairs of them are gated
 PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are compiled for
 MAX_GRID_Y = 65535
 PACK_ROWS = 16  # rows that the engine's packed weights interleave
@@ -382,31 +383,41 @@ def _gpu_engine() -> Iterator[Kernel]:
             lambda nrows, ncols: (_ceil(nrows, 128), _ceil(ncols, 128), 1),
             t,
         )
+    product = (
+        "const void* x, const void* y, const float* squares, float eps, int ncols_x, int nrows_x, int ncols_y,"
+        " int n_padded, const float* bias, float* dst"
+    )
     for t in WEIGHT_TYPES + FLOAT_TYPES:
         for b in PLANE_BATCHES:
             yield kernel(
                 f"mul_mat_vec_planes_{t.suffix}_{b}",
-                "const void* x, const void* y, const float* squares, float eps, int ncols_x, int nrows_x, int ncols_y,"
-                " int n_padded, const float* bias, float* dst, int first, int nrows_dst, int then, const float* weight,"
-                " float* normed, void* q, float* sums, int n_padded_q, uint16_t* k_cache,"
+                f"{product}, int first, int nrows_dst, int then, void* q, int n_padded_q, uint16_t* k_cache,"
                 " uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,"
                 " int n_head_kv, int head_dim, int n_rot, int n_context",
-                (32, 8, 1),
+                (32, 4 if b <= 2 else 8, 1),
                 lambda nrows, units, ncols, then=0, b=b: (
-                    _ceil(nrows, _rows_to_a_block(units, b, then)),
+                    _ceil(nrows, 64 if then == GATED else _rows_to_a_block(units, b)),
                     _ceil(ncols, b),
                     1,
                 ),
                 t,
                 b,
             )
+            yield kernel(
+                f"mul_mat_vec_norm_{t.suffix}_{b}",
+                f"{product}, int nrows_dst, const float* weight, float* normed, void* q, float* sums, int n_padded_q",
+                (32, 8, 1),
+                lambda nrows: (_ceil(nrows, 32), 1, 1),
+                t,
+                b,
+            )
 
 
-def _rows_to_a_block(units: int, batch: int, then: int) -> int:
-    """Rows that a block of `mul_mat_vec_planes_*` takes: as many as become 32 activations, where they do; else those
-    that its 8 teams, of which 1, 2 or 4 share 4 or 2, have at once, or 32 where columns are many."""
+def _rows_to_a_block(units: int, batch: int) -> int:
+    """Rows that a block of `mul_mat_vec_planes_*` takes: those that its 4 teams, of which 1, 2 or 4 share 4 or 2 rows,
+    have at once, or 32 where columns are many."""
     share = 1 if units <= 32 else 2 if units <= 64 or 128 < units <= 192 else 4
-    return {1: 32, 2: 64}.get(then) or (32 // share if batch == 1 else 16 // share if batch == 2 else 32)
+    return 16 // share if batch == 1 else 8 // share if batch == 2 else 32
 
 
 COMPATIBILITY: tuple[Kernel, ...] = (

@@ -218,8 +218,8 @@ class GpuBlocks(Blocks[Products]):
         self._norm(layer.ffn_norm, n, layer.gate_up)
         floats, planes = layer.down.wants(x)
         if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1:
-            norm = None, None, planes, None, x.n_padded
-            layer.gate_up.few(self.normed, x.floats, n, then=Then(ThenKind.GATE, x.n_padded, norm=norm))
+            gate = planes, x.n_padded
+            layer.gate_up.few(self.normed, x.floats, n, then=Then(ThenKind.GATE, x.n_padded, gate=gate))
         else:
             (layer.gate_up.few if n <= MAX_CAPTURED else layer.gate_up.many)(self.normed, self.gate_up, n)
             silu = wiring.kernel("silu_mul_q8")

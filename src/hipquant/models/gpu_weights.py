@@ -49,21 +49,22 @@ class Activations:
 
 
 class ThenKind(IntEnum):
-    """What becomes of the results of a mat-vec, as kernels/gpu/engine/mat_vec_then.h numbers it."""
+    """What becomes of the products of a mat-vec, as kernels/gpu/engine/mat_vec_then.h numbers it."""
 
     STORE = 0
     ADD_AND_NORM = 1
-    GATE = 2
+    GATE = wiring.GATED
     ROPE_AND_STORE = 3
 
 
 @dataclass
 class Then:
-    """What becomes of the results of a mat-vec: its kind, and the kernel's parameters for it."""
+    """What becomes of the products of a mat-vec: its kind, and the kernel's parameters for it."""
 
     kind: ThenKind = ThenKind.STORE
     stride: int = 0  # of the columns of what is written; 0: as many as there are rows
-    norm: tuple[object, ...] = (None, None, None, None, 0)  # weight, floats, planes, sums, n_padded
+    norm: tuple[object, ...] = ()  # of ADD_AND_NORM: weight, floats, planes, sums, n_padded
+    gate: tuple[object, ...] = (None, 0)  # planes, n_padded
     rope: tuple[object, ...] = (None, None, None, None, None, 1, 1, 2, 0, 1)  # caches to n_context
 
 
@@ -121,12 +122,15 @@ class Products:
         self, run: Run, x: Activations, dst: Buffer, n: int, first: int, then: Then, bias: bool = True
     ) -> None:
         batch = next((b for b in PLANE_BATCHES if b >= n), PLANE_BATCHES[-1])
+        y, squares, stride = x.of(run.quantized, first), x.squares_of(first), then.stride or self.rows
+        product = (run.weights, y, squares, x.eps, self.k, run.rows, n, x.n_padded, self.bias if bias else None, dst)
+        if then.kind == ThenKind.ADD_AND_NORM:
+            kernel = wiring.find("mul_mat_vec_norm", run.type, batch=batch)
+            self.kernels(kernel, kernel.grid(nrows=run.rows), *product, stride, *then.norm)
+            return
         kernel = wiring.find("mul_mat_vec_planes", run.type, batch=batch)
         grid = kernel.grid(nrows=run.rows, units=plane_units(self.k), ncols=n, then=int(then.kind))
-        y, squares = x.of(run.quantized, first), x.squares_of(first)
-        biases = self.bias if bias else None
-        self.kernels(kernel, grid, run.weights, y, squares, x.eps, self.k, run.rows, n, x.n_padded, biases, dst,
-                     run.at, then.stride or self.rows, int(then.kind), *then.norm, *then.rope)  # fmt: skip
+        self.kernels(kernel, grid, *product, run.at, stride, int(then.kind), *then.gate, *then.rope)
 
 
 class GpuWeights(Weights[Products]):

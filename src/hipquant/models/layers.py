@@ -116,7 +116,7 @@ class Blocks(ABC, Generic[L]):
         return logits
 
     def set_sampling(self, slot: int, state: npt.NDArray[np.uint32], recent: npt.NDArray[np.int32], first: int) -> None:
-        """How `sample` draws for a sequence from here on (`sampling.state`), and its tokens from position `first` on."""
+        """How `sample` draws for a sequence from here on (`sampling.state`), and its tokens from `first` on."""
         raise NotImplementedError
 
     def sample(self, n: int) -> None:

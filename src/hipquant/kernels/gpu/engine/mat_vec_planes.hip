@@ -132,14 +132,16 @@ template <class W, int kRows> struct Rows {
     }
 };
 
-constexpr int kTeams = 8;
+// Teams of a block: of what becomes 32 activations a row there are few blocks, and they shall be large.
+constexpr int teams_of(int columns, bool norm) { return columns > 2 || norm ? 8 : 4; }
 // Rows that share the loads of their columns; where dot products are many instructions, registers are for 2.
 constexpr int rows_at_once(int columns) { return columns == 1 && kDotInstructions ? 4 : 2; }
 // Pairs of rows that a block takes where nothing else says how many; wiring.py knows it too.
-HQ_INLINE int usual_pairs(int columns, int log2) { return columns == 1 ? 16 >> log2 : columns == 2 ? 8 >> log2 : 16; }
+HQ_INLINE int usual_pairs(int columns, int log2) { return columns == 1 ? 8 >> log2 : columns == 2 ? 4 >> log2 : 16; }
 
 // A block takes its rows in turns; the next turn's weights are on their way when the sums of one are put together.
-template <class W, int kColumns> HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
+template <class W, int kColumns, int kTeams>
+HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
     constexpr int kRows = rows_at_once(kColumns);
     HQ_SHARED float partial[kTeams][kRows * kColumns];
     HQ_SHARED BlockResults<kTeams, kColumns> results;
@@ -184,29 +186,38 @@ template <class W, int kColumns> HQ_INLINE void mul_mat_vec_planes(const Product
 #include "mat_vec_tiles.h"
 #endif
 
-template <class Q, int kColumns> HQ_INLINE void mul_quantized(const Product& p, const Then& then) {
+template <class Q, int kColumns, int kTeams> HQ_INLINE void mul_quantized(const Product& p, const Then& then) {
 #if HQ_HALF_MATRICES
     if constexpr (kColumns > 2) return mul_mat_vec_tiles<Q>(p, then);
 #endif
-    mul_mat_vec_planes<QuantizedWeights<Q>, kColumns>(p, then);
+    mul_mat_vec_planes<QuantizedWeights<Q>, kColumns, kTeams>(p, then);
 }
-template <class F, int kColumns> HQ_INLINE void mul_floats(const Product& p, const Then& then) {
-    mul_mat_vec_planes<FloatWeights<F>, kColumns>(p, then);
+template <class F, int kColumns, int kTeams> HQ_INLINE void mul_floats(const Product& p, const Then& then) {
+    mul_mat_vec_planes<FloatWeights<F>, kColumns, kTeams>(p, then);
 }
 
-// Blocks that shall be resident on an NVIDIA multiprocessor: 2 leave 128 registers to a thread (H200, 2026-11-22).
-constexpr int resident(int) { return 2; }
-
+// 128 registers to a thread on NVIDIA (H200, 2026-11-22).
+#define HQ_MAT_VEC_KERNEL(columns, norm)                                                                               \
+    HQ_RESIDENT_KERNEL(32 * teams_of(columns, norm), 16 / teams_of(columns, norm))
 #define HQ_ENTRY(suffix, multiply, W, columns)                                                                         \
-    HQ_RESIDENT_KERNEL(32 * kTeams, resident(columns))                                                                 \
+    HQ_MAT_VEC_KERNEL(columns, false)                                                                                  \
     mul_mat_vec_planes_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps,             \
         int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst,  \
-        int then, const float* weight, float* normed, void* q, float* sums, int n_padded_q,             \
-        uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,     \
-        int n_head_kv, int head_dim, int n_rot, int n_context) {                                                       \
-        multiply<W, columns>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                \
-            {then, bias, dst, first, nrows_dst, weight, normed, (uint8_t*)q, sums, n_padded_q, k_cache,      \
-                v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context});                        \
+        int then, void* q, int n_padded_q, uint16_t* k_cache, uint16_t* v_cache, const float* rope,                    \
+        const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context) {     \
+        multiply<W, columns, teams_of(columns, false)>(                                                                \
+            {x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                                 \
+            {then, bias, dst, first, nrows_dst, nullptr, nullptr, (uint8_t*)q, nullptr, n_padded_q, k_cache, v_cache,  \
+                rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context});                                 \
+    }                                                                                                                  \
+    HQ_MAT_VEC_KERNEL(columns, true)                                                                                   \
+    mul_mat_vec_norm_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps, int ncols_x,  \
+        int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int nrows_dst, const float* weight,     \
+        float* normed, void* q, float* sums, int n_padded_q) {                                                         \
+        multiply<W, columns, teams_of(columns, true)>(                                                                 \
+            {x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                                 \
+            {kAddAndNorm, bias, dst, 0, nrows_dst, weight, normed, (uint8_t*)q, sums, n_padded_q, nullptr, nullptr,    \
+                nullptr, nullptr, nullptr, 0, 0, 1, 0, 0});                                                            \
     }
 #define HQ_ENTRIES(suffix, multiply, W)                                                                                \
     HQ_ENTRY(suffix, multiply, W, 1)                                                                                   \
@@ -218,6 +229,7 @@ HQ_PLANES(HQ_QUANTIZED)
 HQ_ENTRIES(f32, mul_floats, WordsF32)
 HQ_ENTRIES(f16, mul_floats, WordsF16)
 HQ_ENTRIES(bf16, mul_floats, WordsBF16)
+#undef HQ_MAT_VEC_KERNEL
 #undef HQ_ENTRY
 #undef HQ_ENTRIES
 #undef HQ_QUANTIZED

@@ -61,28 +61,29 @@ template <class Q> struct TileProduct {
     HQ_MEMBER void multiply(
         float (*acc)[4], const uint8_t* column, uint32_t y_units, uint32_t step, uint32_t next, uint32_t end) {
         const ActivationUnit y = load_activations(column, y_units, unit(step));
-        uint32_t b[16][2];
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const float d = y.d(i / 8) * (1.0f / kTileRaise);
-            for (int j = 0; j < 2; j++)
-                b[i][j] = fma_halves(int8_to_halves(y.q[i / 4].w[i % 4], j), pack_halves(d, d), 0);
-        }
+        for (int g = 0; g < 4; g++) {
+            const float d = y.d(g / 2) * (1.0f / kTileRaise);
+            uint32_t b[4][2];
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < 2; j++)
+                    b[i][j] = fma_halves(int8_to_halves(y.q[g].w[i], j), pack_halves(d, d), 0);
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
+            for (int m = 0; m < 2; m++) {
+                const auto &low = ahead[2 * m], &high = ahead[2 * m + 1];
+                const GroupOfHalves<P> first(low, g), second(high, g);
 #pragma unroll
-            for (int g = 0; g < 4; g++) {
-                const GroupOfHalves<P> first(ahead[2 * m], g), second(ahead[2 * m + 1], g);
-#pragma unroll
-                for (int i = 4 * g; i < 4 * g + 4; i++) {
-                    const uint32_t low = P::placed(ahead[2 * m], i), high = P::placed(ahead[2 * m + 1], i);
+                for (int i = 0; i < 4; i++) {
+                    const uint32_t u = P::placed(low, 4 * g + i), v = P::placed(high, 4 * g + i);
                     const uint32_t a[4] = {
-                        first.weights(low, 0), second.weights(high, 0), first.weights(low, 1), second.weights(high, 1)};
+                        first.weights(u, 0), second.weights(v, 0), first.weights(u, 1), second.weights(v, 1)};
                     mma_f16(acc[m], a, b[i]);
                 }
             }
-            if (next < end) load(2 * m, next), load(2 * m + 1, next);
         }
+        if (next < end)
+#pragma unroll
+            for (int r = 0; r < 4; r++) load(r, next);
     }
 };
 
