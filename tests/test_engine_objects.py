@@ -20,6 +20,7 @@ from hipquant.quants import WEIGHT_TYPES
 from hipquant.targets import GPU_TARGETS, NVIDIA_TARGETS, GpuTarget, gpu_target
 from hipquant.toolchain.compile import FACTS, build_objects
 from hipquant.toolchain.disassemble import objdump
+from hipquant.toolchain.facts import ptx_facts
 from hipquant.toolchain.gpu import engine_objects
 from hipquant.toolchain.inspect import inspect
 from hipquant.toolchain.verify import SIZES, check, is_engine, summary
@@ -38,7 +39,7 @@ def built(target: GpuTarget) -> Path:
 
 
 def test_the_engine_has_names_of_its_own() -> None:
-    assert {"add_rms_norm_q8", "rope_store_kv_f16", "attention_decode_f16", "mul_mat_vec_planes_bf16_8"} <= NAMES
+    assert {"add_rms_norm_q8", "rope_store_kv_f16", "mul_mat_vec_planes_bf16_8", "mul_mat_vec_norm_q4_0_1"} <= NAMES
     assert not NAMES & {k.name for k in COMPATIBILITY}
     assert not {p.name for p in ENGINE.files()} & {p.name for p in QUANTIZED.files()}
 
@@ -49,9 +50,15 @@ def test_the_cpu_has_one_object_for_both(cpu: Device) -> None:
         cpu.get_or_load_func("add_rms_norm_q8", ENGINE)
 
 
+def may_spill_sgprs(target: GpuTarget, name: str) -> bool:
+    """Attention holds more kernel arguments across its loop than SGPRs are free for there. The compiler keeps some in
+    lanes of VGPRs, outside of the loop, which takes no memory."""
+    return name in ("attention_decode_f16", "attention_prefill_f16") and target.name.startswith(("gfx9", "gfx12"))
+
+
 @pytest.mark.parametrize("target", GPU_TARGETS, ids=lambda t: t.name)
 def test_every_kernel_on_every_target(target: GpuTarget) -> None:
-    """Names, arguments, wave and limits are the table's; no scratch memory, no spills; facts of the very bytes."""
+    """Names, arguments, wave and limits are the table's; no scratch memory, no spills to it; facts of the very bytes."""
     path = built(target)
     found = inspect(path.read_bytes(), path.name, instructions=True)
     assert is_engine(found)
@@ -67,7 +74,8 @@ def test_every_kernel_on_every_target(target: GpuTarget) -> None:
         assert [a.size for a in kernel.args] == [SIZES[a.kind] for a in row.args], row.name
         if target.vendor == "amd":
             assert [a.kind == "pointer" for a in kernel.args] == [a.kind is Kind.POINTER for a in row.args], row.name
-            assert (kernel.scratch, kernel.vgpr_spills, kernel.sgpr_spills) == (0, 0, 0), row.name
+            assert (kernel.scratch, kernel.vgpr_spills) == (0, 0), row.name
+            assert kernel.sgpr_spills == 0 or may_spill_sgprs(target, row.name), row.name
         assert kernel.wave == target.wave, row.name
         assert kernel.max_workgroup == math.prod(row.block), row.name
         assert kernel.lds is not None
@@ -92,10 +100,23 @@ def test_instructions_that_a_target_has(target: GpuTarget) -> None:
     facts = json.loads((ENGINE.folder / FACTS).read_text())[built(target).stem]["kernels"]
     assert bool(facts["attention_prefill_f16"]["matrix"]) == has_matrix_units(target)
     for row in GPU_ENGINE:
-        if row.family == "mul_mat_vec_planes":
+        if row.family in ("mul_mat_vec_planes", "mul_mat_vec_norm"):
             assert bool(facts[row.name]["dot4"]) == (target.dot4 and row.type in WEIGHT_TYPES), row.name
         if row.family == "mul_mat_planes":
             assert bool(facts[row.name]["dot4"] + facts[row.name]["matrix"]) == target.dot4, row.name
+
+
+def test_wgmma_is_a_matrix_instruction() -> None:
+    """Those of one piece of inline assembly are statements in braces, on one line; a predicate may have any name."""
+    (facts,) = ptx_facts(
+        ".visible .entry f(\n)\n{\n$L__BB0_1:\n\t// begin inline asm\n"
+        "\t{ .reg .pred q; setp.ne.u32 q, %r1, 0; wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n8k16"
+        ".f32.f16.f16 {%r1, %r2}, {%r3}, %rd1, q, 1, 1, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16"
+        " {%r1, %r2}, {%r3}, %rd2, q, 1, 1, 0; wgmma.commit_group.sync.aligned; @q ld.global.nc.u32 %r4, [%rd3]; }\n"
+        "\t// end inline asm\n\twgmma.wait_group.sync.aligned 0;\n\t@%p1 bra \t$L__BB0_1;\n\tret;\n}\n"
+    ).values()
+    loop = {"instructions": 8, "dot4": 0, "matrix": 2, "lds": 0, "loads": {"4": 1}}
+    assert facts == {"instructions": 9, "dot4": 0, "matrix": 2, "loads": 1, "widest_load": 4, "loop": loop}
 
 
 @pytest.mark.skipif(objdump() is None, reason="llvm-objdump, which lists machine code, is not installed")

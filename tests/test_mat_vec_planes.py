@@ -1,4 +1,4 @@
-"""`mul_mat_vec_planes_*`: weights in planes times up to 8 columns of activations, and what becomes of the results.
+"""`mul_mat_vec_planes_*` and `mul_mat_vec_norm_*`: weights in planes times up to 8 columns, and what becomes of that.
 
 The kernels are simulated under AddressSanitizer and UBSan, against float64 on the weights and activations as they were
 quantized. Where AMD_EMULATOR names a checkout of tinygrad, its emulator executes the machine code of four AMD targets
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import reference
 from hipquant import wiring
 from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType, padded, plane_bytes, plane_units, quant_type
 from hipquant.toolchain import cases, gpu, simulate
+from hipquant.toolchain.compile import fingerprint
 from planes import (
     QK,
     UNIT,
@@ -35,13 +37,16 @@ from planes import (
 )
 
 Halves = npt.NDArray[np.uint16]
+Params = tuple[npt.NDArray[np.generic] | int, ...]
 
 NULL, POISON, NAN = 0, 0xA5, 0x7E55
 # NMSE. Products of integers are exact: what is left is a float sum, whose few results may nearly cancel. Matrix units
 # multiply what was rounded to halves.
 PRODUCTS, BY_MATRIX_UNITS = 1e-11, 4e-7
 EPS = 1e-5
-NO_NORM: tuple[int, ...] = (NULL, NULL, NULL, NULL, 0)  # weight, normed, q, sums, n_padded_q
+# Of those that matrix units multiply, one for each kind of scales and minimums: of 32 weights, or of super-blocks.
+TILE_TYPES = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K")
+NO_PLANES: tuple[int, ...] = (NULL, 0)  # q, n_padded_q
 # k_cache, v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context
 NO_ROPE: tuple[int, ...] = (NULL, NULL, NULL, NULL, NULL, 1, 1, 2, 0, 1)
 pytestmark = pytest.mark.skipif(
@@ -57,11 +62,10 @@ EMULATED = [pytest.param(target, id=target) for target in emulator.engine_target
 
 
 class Then(IntEnum):
-    """What becomes of the results (mat_vec_then.h)."""
+    """What becomes of the results of `mul_mat_vec_planes_*` (mat_vec_then.h)."""
 
     STORE = 0
-    ADD_AND_NORM = 1
-    GATE = 2
+    GATE = wiring.GATED
     ROPE_AND_STORE = 3
 
 
@@ -73,6 +77,18 @@ class Runner:
     matrix_units: bool
 
 
+def of_tile_types() -> Path:
+    """A source of the kernels for TILE_TYPES, in the simulator's cache: it takes half the time of all types."""
+    kernels = gpu.ENGINE / "mat_vec_planes.hip"
+    rows = " ".join(f"X({quant_type(name).suffix}, {name})" for name in TILE_TYPES)
+    # A source is compiled again when it changes itself, so that it names what it includes by its content too.
+    included = f'#include "{kernels}"  // {fingerprint(files=[kernels])}'
+    path = simulate.cache_folder() / "tests" / "mat_vec_tiles.hip"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#include "types.h"\n#undef HQ_PLANES\n#define HQ_PLANES(X) {rows}\n{included}\n')
+    return path
+
+
 @pytest.fixture(scope="module", params=SIMULATED + EMULATED)
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
     """The sources simulated; and, where there is an emulator, the machine code of four AMD targets on that."""
@@ -80,7 +96,8 @@ def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
         found = Runner(emulator.engine(request.param), False)
     else:
         wave, units = request.param
-        sources = [gpu.ENGINE / f"{name}.hip" for name in ("repack", "activation", "mat_vec_planes")]
+        products = of_tile_types() if units else gpu.ENGINE / "mat_vec_planes.hip"
+        sources = [gpu.ENGINE / "repack.hip", gpu.ENGINE / "activation.hip", products]
         found = Runner(simulate.build(wave, True, sources, matrix_units=units), units)
     yield found
     found.backend.close()
@@ -145,12 +162,13 @@ class Product:
 
     def __init__(self, runner: Runner, rng: np.random.Generator, shape: Shape, first: int = 0) -> None:
         kind, backend = quant_type(shape.kind), runner.backend
+        if runner.matrix_units and (shape.batch < 4 or shape.kind not in TILE_TYPES):
+            pytest.skip("the same without matrix units, or of a type that is like one of TILE_TYPES")
         self.backend, self.shape, self.first, self.kind = backend, shape, first, kind
-        halves = runner.matrix_units and shape.batch >= 4 and kind not in FLOAT_TYPES
-        self.limit = BY_MATRIX_UNITS if halves else PRODUCTS
+        self.limit = BY_MATRIX_UNITS if runner.matrix_units else PRODUCTS
         self.k = padded(shape.k, kind.block_size)
         # Matrix units take 256 values of a column at a time.
-        self.n_padded = padded(self.k, UNIT if shape.k % 64 and not halves else 512)
+        self.n_padded = padded(self.k, UNIT if shape.k % 64 and not runner.matrix_units else 512)
         self.bias = normal(rng, first + shape.rows) if shape.bias else NULL
         # Of nothing that is multiplied here: the kernel is told what to divide by.
         squares = rng.uniform(1, 99, (shape.columns, -(-self.k // QK))).astype(np.float32)
@@ -163,20 +181,23 @@ class Product:
         if isinstance(self.bias, np.ndarray):
             self.expected += self.bias[first:]
 
-    def run(
-        self,
-        dst: Floats,
-        then: Then,
-        norm: tuple[npt.NDArray[np.generic] | int, ...] = NO_NORM,
-        rope: tuple[npt.NDArray[np.generic] | int, ...] = NO_ROPE,
-    ) -> None:
-        """Launches the kernel; the columns of `dst` are its rows."""
+    def run(self, dst: Floats, then: Then, planes: Params = NO_PLANES, rope: Params = NO_ROPE) -> None:
+        """Launches `mul_mat_vec_planes_*`; the columns of `dst` are its rows."""
         shape = self.shape
         row = wiring.find("mul_mat_vec_planes", self.kind, batch=shape.batch)
         grid = row.grid(nrows=shape.rows, units=plane_units(self.k), ncols=shape.columns, then=int(then))
-        sizes = self.k, shape.rows, shape.columns, self.n_padded
-        to = self.bias, dst, self.first, dst.shape[1], int(then)
-        self.backend.launch(row, grid, (self.w, self.y, self.squares, EPS, *sizes, *to, *norm, *rope))
+        to = self.first, dst.shape[1], int(then)
+        self.backend.launch(row, grid, (*self._product(dst), *to, *planes, *rope))
+
+    def add_and_norm(self, x: Floats, weight: Floats, outputs: Params) -> None:
+        """Launches `mul_mat_vec_norm_*`, which adds to the columns of `x`; outputs: normed, q, sums, n_padded_q."""
+        row = wiring.find("mul_mat_vec_norm", self.kind, batch=self.shape.batch)
+        self.backend.launch(row, row.grid(nrows=self.shape.rows), (*self._product(x), x.shape[1], weight, *outputs))
+
+    def _product(self, dst: Floats) -> tuple[npt.NDArray[np.generic] | float, ...]:
+        """What the arguments of both kernels begin with."""
+        sizes = self.k, self.shape.rows, self.shape.columns, self.n_padded
+        return self.w, self.y, self.squares, EPS, *sizes, self.bias, dst
 
     def stored(self) -> Floats:
         """The results where they are stored, in columns that are longer than that; nothing else is written."""
@@ -278,7 +299,7 @@ def test_add_and_norm(runner: Runner, rng: np.random.Generator, shape: Shape, wh
         x, normed, sums = residual.copy(), poison(columns, n_padded), poison(columns, groups)
         q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
         outputs = normed if "y" in which else NULL, q if "q" in which else NULL
-        product.run(x, Then.ADD_AND_NORM, (weight, *outputs, sums, n_padded))
+        product.add_and_norm(x, weight, (*outputs, sums, n_padded))
         assert reference.nmse(x[:, :n] - residual[:, :n], product.expected) <= 4 * product.limit
         np.testing.assert_array_equal(x[:, n:], residual[:, n:])
         squares = np.pad(x[:, :n].astype(np.float64) ** 2, ((0, 0), (0, groups * QK - n))).reshape(columns, groups, QK)
@@ -312,7 +333,7 @@ def test_gate(runner: Runner, rng: np.random.Generator, shape: Shape, which: str
     for n_padded in {padded(n, UNIT), padded(n)}:
         dst = poison(columns, n_padded)
         q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
-        product.run(dst, Then.GATE, (NULL, NULL, q if which else NULL, NULL, n_padded))
+        product.run(dst, Then.GATE, (q if which else NULL, n_padded))
         with np.errstate(over="ignore"):
             assert reference.nmse(dst[:, :n], gate / (1 + np.exp(-gate)) * up) <= 4 * product.limit
         assert np.isnan(dst[:, n:]).all()

@@ -53,7 +53,15 @@ def _amd_functions(assembly: str) -> Iterator[tuple[str, list[str]]]:
 def _ptx_functions(assembly: str) -> Iterator[tuple[str, list[str]]]:
     for match in re.finditer(r"^\.visible \.entry (\w+)\(.*?^\{\n(.*?)^\}", assembly, re.MULTILINE | re.DOTALL):
         lines = (line.partition("//")[0].strip() for line in match[2].splitlines())
-        yield match[1], [re.sub(r"^@!?%\w+\s+", "", line) for line in lines if line]
+        statements = (statement for line in lines for statement in _ptx_statements(line))
+        yield match[1], [re.sub(r"^@!?%?\w+\s+", "", statement) for statement in statements if statement]
+
+
+def _ptx_statements(line: str) -> list[str]:
+    """What a line says: inline assembly may have several statements in braces on one, as that of wgmma does."""
+    if braced := re.fullmatch(r"\{\s*(.*;)\s*\}", line):
+        return [f"{statement.strip()};" for statement in braced[1].split(";")[:-1]]
+    return [line]
 
 
 def _amd_branch(line: str) -> str | None:

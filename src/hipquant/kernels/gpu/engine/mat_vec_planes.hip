@@ -80,14 +80,17 @@ template <class F> struct FloatWeights {
     }
 };
 struct WordsF32 {
+    struct IsFloat {};
     static constexpr int kInWord = 1;
     HQ_INLINE float value(uint32_t w, int) { return bits<float>(w); }
 };
 struct WordsF16 {
+    struct IsFloat {};
     static constexpr int kInWord = 2;
     HQ_INLINE float value(uint32_t w, int i) { return half_to_float(w >> 16 * i & 0xFFFF); }
 };
 struct WordsBF16 {
+    struct IsFloat {};
     static constexpr int kInWord = 2;
     HQ_INLINE float value(uint32_t w, int i) { return bits<float>(i ? w & 0xFFFF0000 : w << 16); }
 };
@@ -196,11 +199,19 @@ template <class F, int kColumns, int kTeams> HQ_INLINE void mul_floats(const Pro
     mul_mat_vec_planes<FloatWeights<F>, kColumns, kTeams>(p, then);
 }
 
-// 128 registers to a thread on NVIDIA (H200, 2026-11-22).
-#define HQ_MAT_VEC_KERNEL(columns, norm)                                                                               \
-    HQ_RESIDENT_KERNEL(32 * teams_of(columns, norm), 16 / teams_of(columns, norm))
+template <class Q> constexpr int unit_bytes(typename Q::Planes* = nullptr) { return sizeof(typename Q::Planes::Unit); }
+template <class F> constexpr int unit_bytes(typename F::IsFloat* = nullptr) { return 64; }
+
+// Blocks that shall be resident on an NVIDIA multiprocessor (H200, 2026-11-22): registers for 16 teams, or for 20 where
+// they suffice; of many columns whose products are normed there is one block anyway.
+template <class W> constexpr int resident(int columns, bool norm) {
+    if (columns > 2) return norm ? 1 : 2;
+    return norm ? 2 : columns == 1 && unit_bytes<W>() > 32 && unit_bytes<W>() <= 40 ? 5 : 4;
+}
+#define HQ_MAT_VEC_KERNEL(W, columns, norm)                                                                            \
+    HQ_RESIDENT_KERNEL(32 * teams_of(columns, norm), resident<W>(columns, norm))
 #define HQ_ENTRY(suffix, multiply, W, columns)                                                                         \
-    HQ_MAT_VEC_KERNEL(columns, false)                                                                                  \
+    HQ_MAT_VEC_KERNEL(W, columns, false)                                                                               \
     mul_mat_vec_planes_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps,             \
         int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst,  \
         int then, void* q, int n_padded_q, uint16_t* k_cache, uint16_t* v_cache, const float* rope,                    \
@@ -210,7 +221,7 @@ template <class F, int kColumns, int kTeams> HQ_INLINE void mul_floats(const Pro
             {then, bias, dst, first, nrows_dst, nullptr, nullptr, (uint8_t*)q, nullptr, n_padded_q, k_cache, v_cache,  \
                 rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context});                                 \
     }                                                                                                                  \
-    HQ_MAT_VEC_KERNEL(columns, true)                                                                                   \
+    HQ_MAT_VEC_KERNEL(W, columns, true)                                                                                \
     mul_mat_vec_norm_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps, int ncols_x,  \
         int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int nrows_dst, const float* weight,     \
         float* normed, void* q, float* sums, int n_padded_q) {                                                         \
