@@ -51,14 +51,14 @@ def test_the_cpu_has_one_object_for_both(cpu: Device) -> None:
 
 
 def may_spill_sgprs(target: GpuTarget, name: str) -> bool:
-    """Attention holds more kernel arguments across its loop than SGPRs are free for there. The compiler keeps some in
-    lanes of VGPRs, outside of the loop, which takes no memory."""
+    """Attention holds more kernel arguments across its loop than fit in SGPRs there. The compiler keeps some in lanes
+    of VGPRs, from which one instruction brings them back: that takes no memory."""
     return name in ("attention_decode_f16", "attention_prefill_f16") and target.name.startswith(("gfx9", "gfx12"))
 
 
 @pytest.mark.parametrize("target", GPU_TARGETS, ids=lambda t: t.name)
 def test_every_kernel_on_every_target(target: GpuTarget) -> None:
-    """Names, arguments, wave and limits are the table's; no scratch memory, no spills to it; facts of the very bytes."""
+    """Names, arguments, wave and limits are the table's; no spills to memory; facts of the very bytes."""
     path = built(target)
     found = inspect(path.read_bytes(), path.name, instructions=True)
     assert is_engine(found)
