@@ -62,7 +62,8 @@ def test_every_kernel_on_every_target(target: GpuTarget) -> None:
     path = built(target)
     found = inspect(path.read_bytes(), path.name, instructions=True)
     assert is_engine(found)
-    assert check(found) == []
+    told = [f for f in check(found) if not (f.message.startswith("spills ") and may_spill_sgprs(target, f.kernel))]
+    assert told == []
     assert summary(found) == f"{len(NAMES)} of {len(NAMES)} names in 1 target"
     (kernels,) = found.targets.values()
     assert list(found.targets) == [target.name]
@@ -101,7 +102,10 @@ def test_instructions_that_a_target_has(target: GpuTarget) -> None:
     assert bool(facts["attention_prefill_f16"]["matrix"]) == has_matrix_units(target)
     for row in GPU_ENGINE:
         if row.family in ("mul_mat_vec_planes", "mul_mat_vec_norm"):
-            assert bool(facts[row.name]["dot4"]) == (target.dot4 and row.type in WEIGHT_TYPES), row.name
+            # On NVIDIA, matrix units multiply 4 columns and more.
+            unused, used = ("dot4", "matrix") if target.vendor == "nvidia" and row.batch > 2 else ("matrix", "dot4")
+            assert bool(facts[row.name][used]) == (target.dot4 and row.type in WEIGHT_TYPES), row.name
+            assert facts[row.name][unused] == 0, row.name
         if row.family == "mul_mat_planes":
             assert bool(facts[row.name]["dot4"] + facts[row.name]["matrix"]) == target.dot4, row.name
 
@@ -143,14 +147,20 @@ def test_twins_have_the_same_machine_code(name: str, tmp_path: Path) -> None:
     assert real.read_bytes() == path.read_bytes()
 
 
+# Products of many columns spill a few registers, so that two blocks fit on a multiprocessor: with one they are slower.
+STACK = 160  # bytes of a thread
+
+
 @pytest.mark.skipif(PTXAS is None, reason="ptxas, which tells the registers and spills of PTX, is not installed")
 @pytest.mark.parametrize("target", NVIDIA_TARGETS, ids=lambda t: t.name)
-def test_the_ptx_needs_no_stack(target: GpuTarget, tmp_path: Path) -> None:
+def test_the_ptx_needs_little_stack(target: GpuTarget, tmp_path: Path) -> None:
+    """None but for products, and for those on the GPU that they are tuned for little."""
     path, cubin = built(target), tmp_path / "engine.cubin"
     command = [str(PTXAS), f"-arch={target.name}", "-v", str(path), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    told = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert told == [("0", "0", "0")] * len(NAMES)
-    (kernels,) = inspect(cubin.read_bytes()).targets.values()
-    assert {k.name for k in kernels} == NAMES
-    assert {k.scratch for k in kernels} == {0}
+    told = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame", done.stderr, re.DOTALL)
+    assert {name for name, _ in told} == NAMES
+    stacks = {name: int(nbytes) for name, nbytes in told if int(nbytes)}
+    assert all(name.startswith("mul_mat_") for name in stacks), stacks
+    if target.name == "sm_90a":
+        assert max(stacks.values(), default=0) <= STACK, stacks

@@ -143,23 +143,25 @@ constexpr int rows_at_once(int columns) { return columns == 1 && kDotInstruction
 HQ_INLINE int usual_pairs(int columns, int log2) { return columns == 1 ? 8 >> log2 : columns == 2 ? 4 >> log2 : 16; }
 
 // A block takes its rows in turns; the next turn's weights are on their way when the sums of one are put together.
-template <class W, int kColumns, int kTeams>
+template <class W, int kColumns, bool kNorm>
 HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
+    constexpr int kTeams = teams_of(kColumns, kNorm);
     constexpr int kRows = rows_at_once(kColumns);
     HQ_SHARED float partial[kTeams][kRows * kColumns];
     HQ_SHARED BlockResults<kTeams, kColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights;
+    const int kind = kNorm ? kAddAndNorm : then.kind == kGate ? kGate : kStore;  // as far as rows go
     const int log2 = log2_share(units), share = 1 << log2, team = thread_y(), at_once = (kTeams >> log2) * kRows;
-    const int to_block = pairs_to_block(then.kind, usual_pairs(kColumns, log2)), pairs = (p.nrows + 1) / 2;
+    const int to_block = pairs_to_block(kind, usual_pairs(kColumns, log2)), pairs = (p.nrows + 1) / 2;
     const int skipped = (int)block_y() * kColumns, left = p.columns - skipped;
     const int columns = left < kColumns ? left : kColumns, begin = (int)block_x() * to_block;
     const int thread = team * 32 + thread_x(), c = thread % kColumns, at = thread / kColumns;
     Rows<W, kRows> weights;
     weights.lanes = 32u << log2, weights.lane = (uint32_t)((team & (share - 1)) * 32 + thread_x());
     weights.count = W::count(units);
-    weights.begin_rows(p, units, then.kind, begin, (team >> log2) * kRows);
-    Follow<kTeams, kColumns> follow{p, then, skipped, columns, begin, to_block, 0, {}, {}, 0, 0};
+    weights.begin_rows(p, units, kind, begin, (team >> log2) * kRows);
+    Follow<kTeams, kColumns, kNorm> follow{p, then, skipped, columns, begin, to_block, 0, {}, {}, 0, 0};
     follow.load_constants();
     wait_for_inputs();
     follow.load_inputs();
@@ -168,7 +170,7 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
         float acc[kRows * kColumns] = {};
         weights.template multiply<kColumns>(acc, p, skipped, columns);
         const int next = first + at_once;
-        if (next < 2 * to_block) weights.begin_rows(p, units, then.kind, begin, next + (team >> log2) * kRows);
+        if (next < 2 * to_block) weights.begin_rows(p, units, kind, begin, next + (team >> log2) * kRows);
         const int which = team_sums<kRows * kColumns>(acc);
         if (which >= 0) partial[team][which] = acc[0];
         barrier();
@@ -189,14 +191,14 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
 #include "mat_vec_tiles.h"
 #endif
 
-template <class Q, int kColumns, int kTeams> HQ_INLINE void mul_quantized(const Product& p, const Then& then) {
+template <class Q, int kColumns, bool kNorm> HQ_INLINE void mul_quantized(const Product& p, const Then& then) {
 #if HQ_HALF_MATRICES
-    if constexpr (kColumns > 2) return mul_mat_vec_tiles<Q>(p, then);
+    if constexpr (kColumns > 2) return mul_mat_vec_tiles<Q, kColumns, kNorm>(p, then);
 #endif
-    mul_mat_vec_planes<QuantizedWeights<Q>, kColumns, kTeams>(p, then);
+    mul_mat_vec_planes<QuantizedWeights<Q>, kColumns, kNorm>(p, then);
 }
-template <class F, int kColumns, int kTeams> HQ_INLINE void mul_floats(const Product& p, const Then& then) {
-    mul_mat_vec_planes<FloatWeights<F>, kColumns, kTeams>(p, then);
+template <class F, int kColumns, bool kNorm> HQ_INLINE void mul_floats(const Product& p, const Then& then) {
+    mul_mat_vec_planes<FloatWeights<F>, kColumns, kNorm>(p, then);
 }
 
 template <class Q> constexpr int unit_bytes(typename Q::Planes* = nullptr) { return sizeof(typename Q::Planes::Unit); }
@@ -216,7 +218,7 @@ template <class W> constexpr int resident(int columns, bool norm) {
         int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst,  \
         int then, void* q, int n_padded_q, uint16_t* k_cache, uint16_t* v_cache, const float* rope,                    \
         const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context) {     \
-        multiply<W, columns, teams_of(columns, false)>(                                                                \
+        multiply<W, columns, false>(                                                                                   \
             {x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                                 \
             {then, bias, dst, first, nrows_dst, nullptr, nullptr, (uint8_t*)q, nullptr, n_padded_q, k_cache, v_cache,  \
                 rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context});                                 \
@@ -225,7 +227,7 @@ template <class W> constexpr int resident(int columns, bool norm) {
     mul_mat_vec_norm_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps, int ncols_x,  \
         int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int nrows_dst, const float* weight,     \
         float* normed, void* q, float* sums, int n_padded_q) {                                                         \
-        multiply<W, columns, teams_of(columns, true)>(                                                                 \
+        multiply<W, columns, true>(                                                                                    \
             {x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                                 \
             {kAddAndNorm, bias, dst, 0, nrows_dst, weight, normed, (uint8_t*)q, sums, n_padded_q, nullptr, nullptr,    \
                 nullptr, nullptr, nullptr, 0, 0, 1, 0, 0});                                                            \

@@ -47,7 +47,7 @@ template <int kTeams, int kColumns> struct BlockResults {
 // What a thread does behind the products, for a pair of rows and a column: of `columns` columns from `first_column` on and
 // `to_block` pairs from `begin` on. What that takes of memory is loaded ahead, as each wait for it would delay the
 // kernel behind; it is little, as it takes registers while the products are made.
-template <int kTeams, int kColumns> struct Follow {
+template <int kTeams, int kColumns, bool kNorm> struct Follow {
     static_assert(kColumns <= kTeams, "a team takes a column");
     static constexpr int kLanes = kColumns == 1 ? 32 * kTeams : 32;  // to a column's sums of squares
     static constexpr int kAhead = kColumns == 1 ? 1 : 4;
@@ -57,6 +57,8 @@ template <int kTeams, int kColumns> struct Follow {
     float weight, squares[kAhead], other[2];  // other: the residual stream, or cosine and sine
     int at, slot;                             // of the token, in the KV cache
 
+    HQ_MEMBER bool gates() const { return !kNorm && then.kind == kGate; }
+    HQ_MEMBER bool ropes() const { return !kNorm && then.kind == kRopeAndStore; }
     HQ_MEMBER int thread() const { return thread_y() * 32 + thread_x(); }
     HQ_MEMBER int column() const { return thread() % kColumns; }
     HQ_MEMBER int pair() const { return begin + thread() / kColumns; }
@@ -66,8 +68,8 @@ template <int kTeams, int kColumns> struct Follow {
     HQ_MEMBER bool has_both() const { return 2 * pair() + 1 < p.nrows; }
     HQ_MEMBER float* results_of(int c) const { return then.dst + (int64_t)(first_column + c) * then.nrows_dst; }
     // Activation `lane` of 32 of a column that become so.
-    HQ_MEMBER int activation() const { return (then.kind == kGate ? begin : 2 * begin) + thread_x(); }
-    HQ_MEMBER int activations() const { return then.kind == kGate ? pairs() : p.nrows; }
+    HQ_MEMBER int activation() const { return (gates() ? begin : 2 * begin) + thread_x(); }
+    HQ_MEMBER int activations() const { return gates() ? pairs() : p.nrows; }
     HQ_MEMBER int groups() const { return (p.ncols + 31) / 32; }
     HQ_MEMBER const float* sums_of_squares() const {  // of the thread's column
         const int c = kColumns == 1 ? 0 : thread_y();
@@ -75,15 +77,14 @@ template <int kTeams, int kColumns> struct Follow {
     }
 
     HQ_MEMBER void load_constants() {
-        const bool normed = then.kind == kAddAndNorm && activation() < activations();
-        weight = normed ? then.weight[activation()] : 1;
+        weight = kNorm && activation() < activations() ? then.weight[activation()] : 1;
     }
     // Behind wait_for_inputs().
     HQ_MEMBER void load_inputs() {
         other[0] = 1, other[1] = 0, at = slot = 0;
-        if (has_pair() && then.kind == kAddAndNorm) {
+        if (has_pair() && kNorm) {
             other[0] = results_of(column())[row()], other[1] = has_both() ? results_of(column())[row() + 1] : 0;
-        } else if (has_pair() && then.kind == kRopeAndStore) {
+        } else if (has_pair() && ropes()) {
             const int head = row() / then.head_dim, i = row() % then.head_dim;
             at = then.position[first_column + column()], slot = then.slot[first_column + column()];
             const float* angle = then.rope + (int64_t)at * then.n_rot + i;
@@ -113,31 +114,31 @@ template <int kTeams, int kColumns> struct Follow {
         for (int i = 0; i < (kColumns == 1 ? kTeams : 1); i++) sum += sums[c + i];
         return 1 / square_root(sum / (float)p.ncols + p.eps);
     }
-    // Behind the barrier.
-    HQ_MEMBER void store(BlockResults<kTeams, kColumns>& results) const {
+    // Behind the barrier; `scaled` says whether the products are multiplied already.
+    HQ_MEMBER void store(BlockResults<kTeams, kColumns>& results, bool scaled = false) const {
         if (has_pair()) {
             const int i = pair() - begin, c = column();
-            const float s = scale(results.squares, c);
+            const float s = scaled ? 1 : scale(results.squares, c);
             float a = results.v[2 * i][c] * s, b = results.v[2 * i + 1][c] * s;
             store_pair(a, b);
-            if (then.kind == kGate) results.stored[i][c] = a;
-            if (then.kind == kAddAndNorm) results.stored[2 * i][c] = a, results.stored[2 * i + 1][c] = b;
+            if (gates()) results.stored[i][c] = a;
+            if (kNorm) results.stored[2 * i][c] = a, results.stored[2 * i + 1][c] = b;
         }
-        if (then.kind != kGate && then.kind != kAddAndNorm) return;
+        if (!kNorm && !gates()) return;
         barrier();
         if (thread_y() < columns) store_activation(first_column + thread_y(), results.stored[thread_x()][thread_y()]);
     }
     // a and b, the products, become what is stored.
     HQ_MEMBER void store_pair(float& a, float& b) const {
         float* dst = results_of(column());
-        if (then.kind == kGate) {
+        if (gates()) {
             if (then.bias) a += then.bias[pair()], b += then.bias[pair() + pairs()];
             dst[pair()] = a = a / (1 + exp_(-a)) * b;
             return;
         }
         if (then.bias) a += then.bias[row()], b += has_both() ? then.bias[row() + 1] : 0;
-        if (then.kind == kAddAndNorm) a += other[0], b += other[1];
-        if (then.kind == kRopeAndStore) {
+        if (kNorm) a += other[0], b += other[1];
+        if (ropes()) {
             const float first = a * other[0] - b * other[1];
             b = a * other[1] + b * other[0], a = first;
             if (row() >= then.n_head * then.head_dim) return store_in_cache(a, b);
@@ -156,12 +157,12 @@ template <int kTeams, int kColumns> struct Follow {
     HQ_MEMBER void store_activation(int column, float v) const {
         const int i = activation();
         v = i < activations() ? v : 0;
-        if (then.kind == kAddAndNorm) {
+        if (kNorm) {
             const float sum = team_sum(v * v);
             if (thread_x() == 0) then.sums[(int64_t)column * ((p.nrows + 31) / 32) + i / 32] = sum;
             v *= weight;
         }
-        if (then.normed && i < activations()) then.normed[(int64_t)column * then.n_padded + i] = v;
+        if (kNorm && then.normed && i < activations()) then.normed[(int64_t)column * then.n_padded + i] = v;
         if (then.q) store_activations<1>(then.q + column * column_bytes(then.n_padded), then.n_padded, i, &v, true);
     }
 };

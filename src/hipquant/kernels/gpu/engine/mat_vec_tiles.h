@@ -59,11 +59,12 @@ template <class Q> struct TileProduct {
     }
     // Units of the step, whose activations are 0 behind the last one; the next ones are loaded.
     HQ_MEMBER void multiply(
-        float (*acc)[4], const uint8_t* column, uint32_t y_units, uint32_t step, uint32_t next, uint32_t end) {
+        float (*acc)[4], const uint8_t* column, float scale, uint32_t y_units, uint32_t step, uint32_t next,
+        uint32_t end) {
         const ActivationUnit y = load_activations(column, y_units, unit(step));
 #pragma unroll
         for (int g = 0; g < 4; g++) {
-            const float d = y.d(g / 2) * (1.0f / kTileRaise);
+            const float d = y.d(g / 2) * scale;
             uint32_t b[4][2];
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < 2; j++)
@@ -87,29 +88,38 @@ template <class Q> struct TileProduct {
     }
 };
 
-template <class Q> HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Then& then) {
+// kColumns is there for each kernel to have shared memory of its own. Inputs that are yet to be normed are multiplied by
+// 1 / rms first: a residual stream may be greater than halves are.
+template <class Q, int kColumns, bool kNorm> HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Then& then) {
     HQ_SHARED float partial[kTileTeams][kTileRows * kTileColumns];
     HQ_SHARED BlockResults<kTileTeams, kTileColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, steps = (units + 3) / 4;
     const int team = thread_y(), lane = thread_x(), thread = team * 32 + lane, pairs = (p.nrows + 1) / 2;
-    const int to_block = pairs_to_block(then.kind, kTileRows / 2), begin = (int)block_x() * to_block;
+    const int kind = kNorm ? kAddAndNorm : then.kind == kGate ? kGate : kStore;  // as far as rows go
+    const int to_block = pairs_to_block(kind, kTileRows / 2), begin = (int)block_x() * to_block;
     TileProduct<Q> product;
-    product.begin_rows(p, units, then.kind, begin, 0);
-    Follow<kTileTeams, kTileColumns> follow{p, then, 0, p.columns, begin, to_block, 0, {}, {}, 0, 0};
+    product.begin_rows(p, units, kind, begin, 0);
+    Follow<kTileTeams, kTileColumns, kNorm> follow{p, then, 0, p.columns, begin, to_block, 0, {}, {}, 0, 0};
     follow.load_constants();
     wait_for_inputs();
     follow.load_inputs();
 
     const int column = lane / 4 < p.columns ? lane / 4 : p.columns - 1;
+    float scale = 1.0f / kTileRaise;
+    if (p.squares) {
+        follow.store_squares(results.squares);
+        barrier();
+        scale *= follow.scale(results.squares, column);
+    }
     const uint8_t* y = (const uint8_t*)p.y + column * column_bytes(p.n_padded);
 #pragma unroll 1
     for (int first = 0; first < 2 * to_block; first += kTileRows) {
         float acc[2][4] = {};
         for (uint32_t step = (uint32_t)team; step < steps; step += kTileTeams)
-            product.multiply(acc, y, (uint32_t)p.n_padded / kUnitWeights, step, step + kTileTeams, steps);
+            product.multiply(acc, y, scale, (uint32_t)p.n_padded / kUnitWeights, step, step + kTileTeams, steps);
         const int next = first + kTileRows;
-        if (next < 2 * to_block) product.begin_rows(p, units, then.kind, begin, next);
+        if (next < 2 * to_block) product.begin_rows(p, units, kind, begin, next);
 #pragma unroll
         for (int m = 0; m < 2; m++)
             for (int i = 0; i < 4; i++)
@@ -121,7 +131,6 @@ template <class Q> HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Then
         if (begin + next / 2 >= pairs) break;
         if (next < 2 * to_block) barrier();
     }
-    follow.store_squares(results.squares);
     barrier();
-    follow.store(results);
+    follow.store(results, true);
 }

@@ -61,6 +61,7 @@ struct Q5_0 {
             for (int h = 0; h < 2; h++) {
                 if (h == halves) break;
                 const Block& b = blocks[2 * u + h];
+#pragma unroll
                 for (int i = 0; i < 8; i++)
                     put_five(r.q[h].w[i % 4], r.fifth.w[h], (Q5_0::word(b, i) ^ 0x80808080) >> 3, i, i & 4);
                 r.d.w[0] |= (uint32_t)b.d << 16 * h;

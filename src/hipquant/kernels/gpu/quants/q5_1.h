@@ -57,6 +57,7 @@ struct Q5_1 {
             for (int h = 0; h < 2; h++) {
                 if (h == halves) break;
                 const Block& b = blocks[2 * u + h];
+#pragma unroll
                 for (int i = 0; i < 8; i++) put_five(r.q[h].w[i % 4], r.head.w[h], Q5_1::word(b, i), i, i & 4);
                 r.head.w[2 + h] = b.d | (uint32_t)b.m << 16;
             }
