@@ -66,6 +66,19 @@ def test_gpu_figures_are_those_of_the_result() -> None:
         assert f"| {' | '.join(cells)} |" in README, t
 
 
+def test_figures_of_gpu_models_are_those_of_the_result() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "gpu-models-h200.json").read_text())
+    assert f"read ceiling of {result['read_ceiling_GB/s']:.0f} GB/s of the same run" in " ".join(README.split())
+    assert len(result["models"]) == 4
+    for model in result["models"]:
+        size, kind = model["model"].removesuffix(".gguf").split("-")
+        cells = [f"{size} {kind.replace('q', 'Q', 1)}"]
+        for test in ("decode", "batch 8", "prompt 512", "prompt 2048"):
+            share = f" ({model[test]['fraction_of_ceiling']:.0%})" if test == "decode" else ""
+            cells += [f"{model[test]['hipquant']['median']:.0f}{share}", f"{model[test]['ratio']:.2f}"]
+        assert f"| {' | '.join(cells)} |" in README
+
+
 def test_the_framework_functions_are_all_named() -> None:
     for name in ("quantize_q8_1", "dequantize_f32", "dequantize_f16", "dequantize_mul_mat_vec"):
         assert callable(getattr(hq.ops, name))
