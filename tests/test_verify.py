@@ -72,9 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("target", ["gfx1100", "gfx90a", "sm_90a"])
 def test_right(target: str) -> None:
     found = inspect(right()[target], instructions=True)
-    # Attention holds more scalars than some AMD targets have registers for: they go to lanes of vector registers.
-    told = {(f.severity, f.kernel, f.message.partition(" ")[0]) for f in check(found)}
-    assert told <= {("warning", f"attention_{kind}_f16", "spills") for kind in ("decode", "prefill")}
+    assert check(found) == []
     assert summary(found) == "123 of 123 names in 1 target"
 
 
@@ -87,7 +85,9 @@ def test_a_right_bundle(folder: Path) -> None:
 
 def test_what_this_installation_embeds() -> None:
     found = inspect_installed()
-    assert check(found) == []
+    # Attention holds more scalars than some AMD targets have registers for: they go to lanes of vector registers.
+    told = {(f.severity, f.kernel, f.message.partition(" ")[0]) for f in check(found)}
+    assert told <= {("warning", f"attention_{kind}_f16", "spills") for kind in ("decode", "prefill")}
     assert summary(found) == f"123 of 123 names in {len(found.targets)} targets"
     assert call().exit_code == 0
 
