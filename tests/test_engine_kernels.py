@@ -367,26 +367,6 @@ def test_bias(simulator: Simulator | Emulator, rng: np.random.Generator, n: int,
     np.testing.assert_array_equal(found[:, n:], x[:, n:])
 
 
-# Sampling
-
-
-@pytest.mark.parametrize("n", [1, 31, 256, 1000])
-def test_argmax(simulator: Simulator | Emulator, rng: np.random.Generator, n: int) -> None:
-    x = normal(rng, 8, n)
-    x[1] = rng.integers(0, 3, n)  # equals
-    x[2] = np.nan
-    x[3, : n // 2] = np.nan
-    x[4] = -np.inf
-    x[5, : n // 3], x[5, n // 3 :] = np.nan, -np.inf
-    x[6, n - 1] = np.inf
-    x[7] = -0.0
-    x[7, n // 2] = 0.0
-    ids = np.full(8, -1, np.int32)
-    launch(simulator, "argmax_f32", {"rows": 8}, x, ids, n)
-    expected = [next((i for i in range(n) if row[i] == np.fmax.reduce(row)), 0) for row in x]
-    np.testing.assert_array_equal(ids, expected)
-
-
 @pytest.mark.parametrize("nbytes", [16, 4112, (1 << 20) + 48])
 def test_read_memory(simulator: Simulator | Emulator, rng: np.random.Generator, nbytes: int) -> None:
     """The sum of the words of each MiB, modulo 2^32."""

@@ -101,11 +101,11 @@ def test_the_engines_objects(fake: Fake, device: gpu.Device, tmp_path: Path, mon
     assert device.get_or_load_func("quantize_q8_1", frameworks).name == "quantize_q8_1"
     assert device.engine_missing.startswith(missing)
     with pytest.raises(InvalidCodeObjectError, match=missing):
-        device.get_or_load_func("argmax_f32", engine)
+        device.get_or_load_func("add_bias_rows_f32", engine)
     (tmp_path / "gfx900.engine.hsaco").write_bytes(amd_elf("gfx900"))
     (tmp_path / f"{stem}.engine.{suffix}").write_bytes(fake.image())
     assert device.engine_missing == ""
-    assert device.get_or_load_func("argmax_f32", engine).name == "argmax_f32"
+    assert device.get_or_load_func("add_bias_rows_f32", engine).name == "add_bias_rows_f32"
     assert device.load(engine) is not device.load(frameworks)
     fake.fail(fake.symbols["get_function"], symbols.NOT_FOUND)  # as of a name that only the other one has
     with pytest.raises(KernelNotFoundError, match="no kernel 'rope_store_kv_q8' .*; nearest: rope_store_kv_f16"):

@@ -37,7 +37,7 @@ from hipquant.toolchain.inspect import INSTALLED, Facts, Inspection, KernelInfo,
 from hipquant.toolchain.launch_check import Runner
 from hipquant.toolchain.verify import Finding, check, required_names, summary
 
-LOCAL_ARRAY = "volatile float local[64]; local[n & 63] = 1; *ids = (int)local[(n + 1) & 63]"
+LOCAL_ARRAY = "volatile float local[64]; local[n & 63] = 1; *x = local[(n + 1) & 63]"
 VICTIM = "mul_mat_vec_q4_0_q8_1_hip2"
 ROW = wiring.kernel(VICTIM)
 
@@ -129,10 +129,14 @@ def test_an_engine_that_is_right(right_engine: dict[str, bytes], folder: Path) -
     ("change", "severity", "message"),
     [
         (lambda t: "", "error", "is missing"),
-        (lambda t: t.replace(", int n)", ", int n, int more)"), "error", "takes 4 arguments, is launched with 3"),
+        (
+            lambda t: t.replace(", int stride)", ", int stride, int more)"),
+            "error",
+            "takes 5 arguments, is launched with 4",
+        ),
         (lambda t: t.replace("HQ_KERNEL(256)", "HQ_KERNEL(64)"), "error", "takes blocks of at most 64 threads, is"),
         (
-            lambda t: t.replace("*(int*)ids = (int)1", LOCAL_ARRAY),
+            lambda t: t.replace("*(int*)x = (int)1", LOCAL_ARRAY),
             "warning",
             r"uses \d+ bytes of scratch memory a lane",
         ),
@@ -140,9 +144,9 @@ def test_an_engine_that_is_right(right_engine: dict[str, bytes], folder: Path) -
     ids=["missing", "arguments", "workgroup", "scratch"],
 )
 def test_an_engine_that_is_wrong(change: Callable[[str], str], severity: str, message: str, tmp_path: Path) -> None:
-    blob = compiled(engine_source(only("argmax_f32", change)), tmp_path, "gfx1100")["gfx1100"]
+    blob = compiled(engine_source(only("add_bias_rows_f32", change)), tmp_path, "gfx1100")["gfx1100"]
     (finding,) = findings(blob)
-    assert (finding.severity, finding.kernel) == (severity, "argmax_f32")
+    assert (finding.severity, finding.kernel) == (severity, "add_bias_rows_f32")
     assert re.match(message, finding.message)
 
 
@@ -162,9 +166,9 @@ def test_an_installation_without_an_engine(right_engine: dict[str, bytes]) -> No
     fix = "hipquant build --target {}"
     assert installed(**engines | {"gfx90a": []}) == [("gfx90a", "", message, fix.format("gfx90a"))]
     assert installed() == [(t, "", message, fix.format(t)) for t in right()]
-    some = {t: [k for k in kernels if k.name != "argmax_f32"] for t, kernels in engines.items()}
+    some = {t: [k for k in kernels if k.name != "add_bias_rows_f32"] for t, kernels in engines.items()}
     assert [(t, name, said) for t, name, said, _ in installed(**some)] == [
-        (t, "argmax_f32", "is missing") for t in right()
+        (t, "add_bias_rows_f32", "is missing") for t in right()
     ]
 
 

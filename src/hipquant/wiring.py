@@ -31,7 +31,7 @@ Dim3 = tuple[int, int, int]
 Silicon = Literal["any", "cpu", "gpu"]  # whose code objects have a kernel
 PROFILES = ("hip", "cuda")
 MAX_BATCH = 8  # columns that one mul_mat_vec kernel takes
-GATED = 2  # what becomes of the products of mul_mat_vec_planes: pairs of them are gated
+GATED = 2  # the epilogue of mul_mat_vec_planes in which pairs of products are gated
 PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are compiled for
 MAX_GRID_Y = 65535
 PACK_ROWS = 16  # rows that the engine's packed weights interleave
@@ -286,7 +286,8 @@ def _gpu_engine() -> Iterator[Kernel]:
     each. The KV cache is halves [slot][head][n_context][head_dim]. Attention is *split* over the positions of a
     sequence: a part of `partial` [token][head][split] holds the sum of values, weighted, its greatest score, and the
     sum of weights. Tokens of `attention_prefill_f16` are of one sequence, that of the first one, at consecutive
-    positions. `counters` are 0 between launches.
+    positions. `counters` are 0 between launches. `mul_mat_vec_*` of 4 columns and more take quantized weights times at
+    most so many columns, whose `n_padded` is a multiple of 256; float ones take any number.
     """
 
     def kernel(
@@ -348,7 +349,6 @@ def _gpu_engine() -> Iterator[Kernel]:
         (256, 1, 1),
         lambda nbytes: (_ceil(nbytes, 1 << 20), 1, 1),
     )
-    yield kernel("argmax_f32", "const float* x, int* ids, int n", (256, 1, 1), lambda rows: (rows, 1, 1))
     sampled = "const float* logits, const int* slot, const int* state, const int* history, int* work"
     for name, args in (
         ("sample_best_f32", f"{sampled}, int n, int n_context"),
@@ -391,12 +391,12 @@ def _gpu_engine() -> Iterator[Kernel]:
         for b in PLANE_BATCHES:
             yield kernel(
                 f"mul_mat_vec_planes_{t.suffix}_{b}",
-                f"{product}, int first, int nrows_dst, int then, void* q, int n_padded_q, uint16_t* k_cache,"
+                f"{product}, int first, int nrows_dst, int epilogue, void* q, int n_padded_q, uint16_t* k_cache,"
                 " uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,"
                 " int n_head_kv, int head_dim, int n_rot, int n_context",
                 (32, 4 if b <= 2 else 8, 1),
-                lambda nrows, units, ncols, then=0, b=b: (
-                    _ceil(nrows, 64 if then == GATED else _rows_to_a_block(units, b)),
+                lambda nrows, units, ncols, epilogue=0, b=b: (
+                    _ceil(nrows, 64 if epilogue == GATED else _rows_to_a_block(units, b)),
                     _ceil(ncols, b),
                     1,
                 ),

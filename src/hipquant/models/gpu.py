@@ -1,5 +1,5 @@
-"""Models on a GPU: weights and activations in planes, products that finish each other's work, a captured graph for each
-short pass."""
+"""Models on a GPU: weights and activations in planes, products with what follows them, a captured graph for each short
+pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..driver import Buffer, gpu
 from ..errors import OutOfDeviceMemoryError
 from ..quants import FLOAT_TYPES, UNIT, activation_bytes, padded, plane_units
 from ..sampling import SAMPLES, STATE_WORDS, work_words
-from .gpu_weights import Activations, GpuWeights, Products, Then, ThenKind, aligned
+from .gpu_weights import Activations, Epilogue, EpilogueKind, GpuWeights, Products, aligned
 from .layers import MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Sizes
 
 CHUNK = 512  # tokens of one forward pass
@@ -29,6 +29,8 @@ class GpuBlocks(Blocks[Products]):
     matrices, agree: QKV with RoPE and the cache, attention, output with residual and norm, gate and up with SiLU, down
     with residual and the next norm. A long pass takes ten.
     """
+
+    device_sampling = True
 
     def __init__(
         self, weights: GpuWeights, sizes: Sizes, embedding: str, output: str, sequences: int, context: int
@@ -63,9 +65,7 @@ class GpuBlocks(Blocks[Products]):
         self._staged_sampling = device.allocate_host(4 * (STATE_WORDS + self.n_context)).view(np.int32)
         self.embedding = weights.embedding(embedding, s.n_vocab, s.n_embd)
         self.unembedding = weights.products(s.n_embd, Matrix(output, s.n_vocab))
-        self._branch: Callable[[Then], None] | None = None
-
-    device_sampling = True
+        self._branch: Callable[[Epilogue], None] | None = None
 
     @staticmethod
     def _activations(s: Sizes) -> tuple[tuple[str, int], ...]:
@@ -142,11 +142,11 @@ class GpuBlocks(Blocks[Products]):
         if self._branch is not None and n <= MAX_CAPTURED:
             x.squares = self.squares
             norm = weight, floats, planes, self.squares, x.n_padded
-            self._branch(Then(ThenKind.ADD_AND_NORM, s.n_embd, norm=norm))
+            self._branch(Epilogue(EpilogueKind.ADD_AND_NORM, s.n_embd, norm=norm))
             return
         residual = None
         if self._branch is not None:
-            self._branch(Then())
+            self._branch(Epilogue())
             residual = self.branch
         x.squares, kernel = None, wiring.kernel("add_rms_norm_q8")
         grid = kernel.grid(rows=n)
@@ -155,9 +155,9 @@ class GpuBlocks(Blocks[Products]):
     def _set_branch(self, products: Products, x: Activations, n: int) -> None:
         """What is added to the residual stream is multiplied when it is known what becomes of it."""
 
-        def launch(then: Then) -> None:
+        def launch(epilogue: Epilogue) -> None:
             if n <= MAX_CAPTURED:
-                products.few(x, self.x, n, then=then)
+                products.few(x, self.x, n, epilogue=epilogue)
             else:
                 products.many(x, self.branch, n)
 
@@ -172,7 +172,7 @@ class GpuBlocks(Blocks[Products]):
         into = layer.attn_output.wants(self.attended)
         if n <= MAX_CAPTURED:
             rope = *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context
-            layer.qkv.few(self.normed, self.qkv, n, then=Then(ThenKind.ROPE_AND_STORE, rope=rope))
+            layer.qkv.few(self.normed, self.qkv, n, epilogue=Epilogue(EpilogueKind.ROPE_AND_STORE, rope=rope))
             self._attend_few(cache, n, into)
         else:
             layer.qkv.many(self.normed, self.qkv, n)
@@ -219,7 +219,7 @@ class GpuBlocks(Blocks[Products]):
         floats, planes = layer.down.wants(x)
         if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1:
             gate = planes, x.n_padded
-            layer.gate_up.few(self.normed, x.floats, n, then=Then(ThenKind.GATE, x.n_padded, gate=gate))
+            layer.gate_up.few(self.normed, x.floats, n, epilogue=Epilogue(EpilogueKind.GATE, x.n_padded, gate=gate))
         else:
             (layer.gate_up.few if n <= MAX_CAPTURED else layer.gate_up.many)(self.normed, self.gate_up, n)
             silu = wiring.kernel("silu_mul_q8")

@@ -48,8 +48,8 @@ class Activations:
         return self.squares.address + 4 * -(-self.k // 32) * first if self.squares else None
 
 
-class ThenKind(IntEnum):
-    """What becomes of the products of a mat-vec, as kernels/gpu/engine/mat_vec_then.h numbers it."""
+class EpilogueKind(IntEnum):
+    """What becomes of the products of a mat-vec, as kernels/gpu/engine/mat_vec_epilogue.h numbers it."""
 
     STORE = 0
     ADD_AND_NORM = 1
@@ -58,10 +58,10 @@ class ThenKind(IntEnum):
 
 
 @dataclass
-class Then:
+class Epilogue:
     """What becomes of the products of a mat-vec: its kind, and the kernel's parameters for it."""
 
-    kind: ThenKind = ThenKind.STORE
+    kind: EpilogueKind = EpilogueKind.STORE
     stride: int = 0  # of the columns of what is written; 0: as many as there are rows
     norm: tuple[object, ...] = ()  # of ADD_AND_NORM: weight, floats, planes, sums, n_padded
     gate: tuple[object, ...] = (None, 0)  # planes, n_padded
@@ -100,16 +100,16 @@ class Products:
         float_ones = any(not run.quantized for run in self.runs)
         return x.floats if float_ones else None, x.planes if any(run.quantized for run in self.runs) else None
 
-    def few(self, x: Activations, dst: Buffer, n: int, first: int = 0, then: Then | None = None) -> None:
-        """Columns `first` and on of x, at most 8, times the weights; `then` says what becomes of it."""
+    def few(self, x: Activations, dst: Buffer, n: int, first: int = 0, epilogue: Epilogue | None = None) -> None:
+        """Columns `first` and on of x, at most 8, times the weights; `epilogue` says what becomes of it."""
         for run in self.runs:
-            self._mat_vec(run, x, dst, n, first, then or Then())
+            self._mat_vec(run, x, dst, n, first, epilogue or Epilogue())
 
     def many(self, x: Activations, dst: Buffer, n: int) -> None:
         """dst[n][rows] = columns of x times the weights, plus the biases."""
         for run in self.runs:
             if not run.quantized:
-                self._mat_vec(run, x, dst, n, 0, Then(), bias=False)
+                self._mat_vec(run, x, dst, n, 0, Epilogue(), bias=False)
                 continue
             kernel, to = wiring.find("mul_mat_planes", run.type), dst.address + 4 * run.at
             grid = kernel.grid(nrows=run.rows, ncols=n)
@@ -119,18 +119,18 @@ class Products:
             self.kernels(add, add.grid(n=self.rows, rows=n), dst, self.bias, self.rows, self.rows)
 
     def _mat_vec(
-        self, run: Run, x: Activations, dst: Buffer, n: int, first: int, then: Then, bias: bool = True
+        self, run: Run, x: Activations, dst: Buffer, n: int, first: int, epilogue: Epilogue, bias: bool = True
     ) -> None:
         batch = next((b for b in PLANE_BATCHES if b >= n), PLANE_BATCHES[-1])
-        y, squares, stride = x.of(run.quantized, first), x.squares_of(first), then.stride or self.rows
+        y, squares, stride = x.of(run.quantized, first), x.squares_of(first), epilogue.stride or self.rows
         product = (run.weights, y, squares, x.eps, self.k, run.rows, n, x.n_padded, self.bias if bias else None, dst)
-        if then.kind == ThenKind.ADD_AND_NORM:
+        if epilogue.kind == EpilogueKind.ADD_AND_NORM:
             kernel = wiring.find("mul_mat_vec_norm", run.type, batch=batch)
-            self.kernels(kernel, kernel.grid(nrows=run.rows), *product, stride, *then.norm)
+            self.kernels(kernel, kernel.grid(nrows=run.rows), *product, stride, *epilogue.norm)
             return
         kernel = wiring.find("mul_mat_vec_planes", run.type, batch=batch)
-        grid = kernel.grid(nrows=run.rows, units=plane_units(self.k), ncols=n, then=int(then.kind))
-        self.kernels(kernel, grid, *product, run.at, stride, int(then.kind), *then.gate, *then.rope)
+        grid = kernel.grid(nrows=run.rows, units=plane_units(self.k), ncols=n, epilogue=int(epilogue.kind))
+        self.kernels(kernel, grid, *product, run.at, stride, int(epilogue.kind), *epilogue.gate, *epilogue.rope)
 
 
 class GpuWeights(Weights[Products]):

@@ -45,10 +45,11 @@ template <int kMask> HQ_INLINE int shuffle_xor(int v) {
 
 #if defined(__gfx900__) || defined(__gfx90c__) || defined(__gfx1010__) || defined(__gfx9_generic__) ||               \
     defined(__gfx10_1_generic__)
-constexpr bool kDotInstructions = false;
+#define HQ_DOT_INSTRUCTIONS 0
 #else
-constexpr bool kDotInstructions = true;
+#define HQ_DOT_INSTRUCTIONS 1
 #endif
+constexpr bool kDotInstructions = HQ_DOT_INSTRUCTIONS;  // whether dot4() is one
 
 // c + the products of 4 pairs of int8.
 HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
@@ -59,8 +60,7 @@ HQ_INLINE int dot4(uint32_t a, uint32_t b, int c) {
     defined(__gfx1030__) || defined(__gfx1031__) || defined(__gfx1032__) || defined(__gfx1033__) ||                    \
     defined(__gfx1034__) || defined(__gfx1035__) || defined(__gfx1036__) || defined(__gfx10_3_generic__)
     return __builtin_amdgcn_sdot4((int)a, (int)b, c, false);
-#elif defined(__gfx900__) || defined(__gfx90c__) || defined(__gfx1010__) || defined(__gfx9_generic__) ||               \
-    defined(__gfx10_1_generic__)
+#elif !HQ_DOT_INSTRUCTIONS
     asm("" : "+v"(a), "+v"(b));  // unpacked here, not kept unpacked: registers run out
     for (int i = 0; i < 32; i += 8) c += (int8_t)(a >> i) * (int8_t)(b >> i);
     return c;
@@ -109,7 +109,7 @@ HQ_INLINE float exp2_approximate(float v) { return __builtin_exp2f(v); }  // one
 HQ_INLINE float square_root(float v) { return __builtin_amdgcn_sqrtf(v); }
 
 // The low halves of a and b in one word, or the high ones.
-HQ_INLINE uint32_t halves_of(uint32_t a, uint32_t b, bool high) {
+HQ_INLINE uint32_t join_halves(uint32_t a, uint32_t b, bool high) {
     return __builtin_amdgcn_perm(b, a, high ? 0x07060302 : 0x05040100);
 }
 

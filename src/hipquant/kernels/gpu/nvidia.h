@@ -81,7 +81,7 @@ HQ_INLINE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
     return r;
 }
-HQ_INLINE uint32_t halves_of(uint32_t a, uint32_t b, bool high) { return permute(a, b, high ? 0x7632 : 0x5410); }
+HQ_INLINE uint32_t join_halves(uint32_t a, uint32_t b, bool high) { return permute(a, b, high ? 0x7632 : 0x5410); }
 // A byte of a word.
 HQ_INLINE int byte_at(uint32_t v, int i) { return (int)permute(v, 0, 0x4440 + (uint32_t)i); }
 HQ_INLINE int signed_byte_at(uint32_t v, int i) { return (int)permute(v, 0, 0x8880 + 0x1111 * (uint32_t)i); }

@@ -90,3 +90,14 @@ HQ_INLINE void put_five(uint32_t& nibbles, uint32_t& bits, uint32_t q, int i, bo
     nibbles |= high ? (q << 3 & 0xF0F0F0F0) ^ 0x80808080 : q & 0x0F0F0F0F;
     bits |= move_bits(q, high ? 0 : 4, (i + 4) % 8);
 }
+
+// Scale and minimum of weights 16g to 16g + 15 of a unit of type P.
+template <class P> HQ_INLINE float group_scale(const typename P::Unit& w, int g) {
+    if constexpr (P::kSub == 0) return P::d(w, g / 2);
+    else return P::d(w) * (float)P::sub_scale(w, g * 16 / P::kSub);
+}
+template <class P> HQ_INLINE float group_minimum(const typename P::Unit& w, int g) {
+    if constexpr (!P::kMin) return 0;
+    else if constexpr (P::kSub == 0) return P::minimum(w, g / 2);
+    else return P::dmin(w) * (float)P::sub_minimum(w, g * 16 / P::kSub);
+}

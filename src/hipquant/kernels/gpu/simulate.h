@@ -101,7 +101,7 @@ HQ_INLINE float exp2_approximate(float v) {
 }
 HQ_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
 
-HQ_INLINE uint32_t halves_of(uint32_t a, uint32_t b, bool high) { return permute(a, b, high ? 0x7632 : 0x5410); }
+HQ_INLINE uint32_t join_halves(uint32_t a, uint32_t b, bool high) { return permute(a, b, high ? 0x7632 : 0x5410); }
 HQ_INLINE int byte_at(uint32_t v, int i) { return (int)(v >> 8 * i & 0xFF); }
 HQ_INLINE int signed_byte_at(uint32_t v, int i) { return (int8_t)(v >> 8 * i); }
 HQ_INLINE int dot2(uint32_t halves, uint32_t bytes, int pair, int c) {

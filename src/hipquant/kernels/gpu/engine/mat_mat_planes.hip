@@ -3,6 +3,7 @@
 // and 2p + 1, whose other halves are the next stage. So a thread, which has one of the two, loads its unit once and
 // unpacks half of it a stage, and shares the sectors that it reads with its neighbour. Rows and columns beyond the last
 // repeat it.
+#include "halves.h"
 #include "rows.h"
 #include "types.h"
 
@@ -54,36 +55,18 @@ template <class P> struct ThreadUnit {
         const uint32_t u = 2 * pair + side;
         unit = P::load(from, u < last ? u : last);
     }
-    // Of group g of the unit.
-    HQ_MEMBER float scale(int g) const {
-        if constexpr (P::kSub == 0) return P::d(unit, g);
-        else return P::d(unit) * (float)P::sub_scale(unit, g);
-    }
-    HQ_MEMBER float minimum(int g) const {
-        if constexpr (!P::kMin) return 0;
-        else if constexpr (P::kSub == 0) return P::minimum(unit, g);
-        else return P::dmin(unit) * (float)P::sub_minimum(unit, g);
-    }
+    // Of group g of the unit, of kGroup weights.
+    HQ_MEMBER float scale(int g) const { return group_scale<P>(unit, g * kGroup / 16); }
+    HQ_MEMBER float minimum(int g) const { return group_minimum<P>(unit, g * kGroup / 16); }
 };
 
 // By matrix units of halves: weights become halves, scale and minimum included; activations stay integers; and what 32
 // of them sum up to is multiplied by their scale in float. That is one operation a result for 32 weights of any type,
-// where integers take three and more. Weights are kRaise times what they are, so that small ones keep their bits; they
-// shall be below 1023.
+// where integers take three and more.
 //
 // Activations go straight to the registers of the team that has their columns; weights to shared memory. Which of 32
 // weights is where suits the activations: words 2t and 2t + 1 are of lanes l % 4 = t, the first one for step 0 along k,
 // the second for step 1; bytes 0 and 2 are of the step's first chunk, 1 and 3 of the other.
-constexpr float kRaise = 64;
-
-constexpr uint32_t both(uint32_t half) { return half | half << 16; }
-constexpr uint32_t kOne = both(0x3C00), kMinus1024 = both(0xE400);  // and each n more, up to 1023, is n less
-
-// Bytes 0 and 2 of a word or, `odd`, 1 and 3 as halves, plus 1024.
-template <class Word> HQ_INLINE auto halves_of(Word v, int odd) {
-    return permute(v, Word{0x64646464}, odd ? 0x4341u : 0x4240u);
-}
-
 template <class Q> struct ByMatrixUnits {
     using P = typename Q::Planes;
     struct Weights {  // a half of the units of all rows
@@ -146,7 +129,7 @@ template <class Q> struct ByMatrixUnits {
                 auto q = P::word(weights.unit, kHalf * kHalfWords + i);
                 if constexpr (U::kSigned) q ^= 0x80808080;
                 for (int j = 0; j < 2; j++)
-                    chunk[j].w[t] = fma_halves(fma_halves(halves_of(q, j), kOne, kMinus), scale[g], minimum[g]);
+                    chunk[j].w[t] = fma_halves(fma_halves(bytes_to_halves(q, j), kOne, kMinus), scale[g], minimum[g]);
             }
             for (int j = 0; j < 2; j++) store_vector<16>(&to.chunk[2 * s + j][weights.row], chunk[j]);
         }
@@ -159,7 +142,7 @@ template <class Q> struct ByMatrixUnits {
                 d[u][c] = columns.d[u][c];
                 for (int s = 0; s < 2; s++)
                     for (int j = 0; j < 2; j++)
-                        a[u][s][2 * j + c] = fma_halves(halves_of(columns.q[u][c].w[s] ^ 0x80808080, j), kOne, kMinus);
+                        a[u][s][2 * j + c] = fma_halves(bytes_to_halves(columns.q[u][c].w[s] ^ 0x80808080, j), kOne, kMinus);
             }
     }
     // Adds the products with a half of unit u of the pair, from begin() to add().

@@ -1,9 +1,9 @@
-// `mul_mat_vec_planes_*`: weights in planes times 1 to 8 columns of activations, and what follows (mat_vec_then.h). One,
+// `mul_mat_vec_planes_*`: weights in planes times 1 to 8 columns of activations, and what follows (mat_vec_epilogue.h). One,
 // two or four teams of a block share two or four rows; a lane takes a unit of each at a time, times all columns.
 #include "types.h"
-#include "mat_vec_then.h"
+#include "mat_vec_epilogue.h"
 
-// A lane's part of the pair of rows times its part of the columns.
+// A lane's unit of a row times its unit of a column.
 template <class Q> struct QuantizedWeights {
     using P = typename Q::Planes;
     using Unit = typename P::Unit;
@@ -144,14 +144,14 @@ HQ_INLINE int usual_pairs(int columns, int log2) { return columns == 1 ? 8 >> lo
 
 // A block takes its rows in turns; the next turn's weights are on their way when the sums of one are put together.
 template <class W, int kColumns, bool kNorm>
-HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
+HQ_INLINE void mul_mat_vec_planes(const Product& p, const Epilogue& epilogue) {
     constexpr int kTeams = teams_of(kColumns, kNorm);
     constexpr int kRows = rows_at_once(kColumns);
     HQ_SHARED float partial[kTeams][kRows * kColumns];
     HQ_SHARED BlockResults<kTeams, kColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights;
-    const int kind = kNorm ? kAddAndNorm : then.kind == kGate ? kGate : kStore;  // as far as rows go
+    const int kind = kNorm ? kAddAndNorm : epilogue.kind == kGate ? kGate : kStore;  // as far as rows go
     const int log2 = log2_share(units), share = 1 << log2, team = thread_y(), at_once = (kTeams >> log2) * kRows;
     const int to_block = pairs_to_block(kind, usual_pairs(kColumns, log2)), pairs = (p.nrows + 1) / 2;
     const int skipped = (int)block_y() * kColumns, left = p.columns - skipped;
@@ -161,10 +161,10 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
     weights.lanes = 32u << log2, weights.lane = (uint32_t)((team & (share - 1)) * 32 + thread_x());
     weights.count = W::count(units);
     weights.begin_rows(p, units, kind, begin, (team >> log2) * kRows);
-    Follow<kTeams, kColumns, kNorm> follow{p, then, skipped, columns, begin, to_block, 0, {}, {}, 0, 0};
-    follow.load_constants();
+    EpilogueThread<kTeams, kColumns, kNorm> behind{p, epilogue, skipped, columns, begin, to_block, 0, {}, {}, 0, 0};
+    behind.load_constants();
     wait_for_inputs();
-    follow.load_inputs();
+    behind.load_inputs();
 #pragma unroll 1
     for (int first = 0; first < 2 * to_block; first += at_once) {
         float acc[kRows * kColumns] = {};
@@ -182,23 +182,23 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Then& then) {
         if (begin + next / 2 >= pairs) break;
         if (next < 2 * to_block) barrier();  // what is in shared memory has been read
     }
-    follow.store_squares(results.squares);
+    behind.store_squares(results.squares);
     barrier();
-    follow.store(results);
+    behind.store(results);
 }
 
 #if HQ_HALF_MATRICES
 #include "mat_vec_tiles.h"
 #endif
 
-template <class Q, int kColumns, bool kNorm> HQ_INLINE void mul_quantized(const Product& p, const Then& then) {
+template <class Q, int kColumns, bool kNorm> HQ_INLINE void mul_quantized(const Product& p, const Epilogue& epilogue) {
 #if HQ_HALF_MATRICES
-    if constexpr (kColumns > 2) return mul_mat_vec_tiles<Q, kColumns, kNorm>(p, then);
+    if constexpr (kColumns > 2) return mul_mat_vec_tiles<Q, kColumns, kNorm>(p, epilogue);
 #endif
-    mul_mat_vec_planes<QuantizedWeights<Q>, kColumns, kNorm>(p, then);
+    mul_mat_vec_planes<QuantizedWeights<Q>, kColumns, kNorm>(p, epilogue);
 }
-template <class F, int kColumns, bool kNorm> HQ_INLINE void mul_floats(const Product& p, const Then& then) {
-    mul_mat_vec_planes<FloatWeights<F>, kColumns, kNorm>(p, then);
+template <class F, int kColumns, bool kNorm> HQ_INLINE void mul_floats(const Product& p, const Epilogue& epilogue) {
+    mul_mat_vec_planes<FloatWeights<F>, kColumns, kNorm>(p, epilogue);
 }
 
 template <class Q> constexpr int unit_bytes(typename Q::Planes* = nullptr) { return sizeof(typename Q::Planes::Unit); }
@@ -216,11 +216,11 @@ template <class W> constexpr int resident(int columns, bool norm) {
     HQ_MAT_VEC_KERNEL(W, columns, false)                                                                               \
     mul_mat_vec_planes_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps,             \
         int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst,  \
-        int then, void* q, int n_padded_q, uint16_t* k_cache, uint16_t* v_cache, const float* rope,                    \
+        int epilogue, void* q, int n_padded_q, uint16_t* k_cache, uint16_t* v_cache, const float* rope,                    \
         const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context) {     \
         multiply<W, columns, false>(                                                                                   \
             {x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                                 \
-            {then, bias, dst, first, nrows_dst, nullptr, nullptr, (uint8_t*)q, nullptr, n_padded_q, k_cache, v_cache,  \
+            {epilogue, bias, dst, first, nrows_dst, nullptr, nullptr, (uint8_t*)q, nullptr, n_padded_q, k_cache, v_cache,  \
                 rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context});                                 \
     }                                                                                                                  \
     HQ_MAT_VEC_KERNEL(W, columns, true)                                                                                \

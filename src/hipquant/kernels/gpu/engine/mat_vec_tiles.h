@@ -3,33 +3,22 @@
 // unit of four rows and of one column, as fragments of mma_f16() want it. Which weights meet where along k is all the
 // same, as long as the activations agree.
 #pragma once
-#include "mat_vec_then.h"
+#include "halves.h"
+#include "mat_vec_epilogue.h"
 
 constexpr int kTileRows = 32, kTileColumns = 8, kTileTeams = 8;
-constexpr float kTileRaise = 64;  // weights are so many times as great, activations as small: halves have 6e-5 to 65504
-constexpr uint32_t kTwoOnes = 0x3C003C00, kLess1152 = 0xE480E480;
 
 // Bytes 0 and 2 of a word of int8 or, `odd`, 1 and 3 as halves.
 HQ_INLINE uint32_t int8_to_halves(uint32_t word, int odd) {
-    return fma_halves(permute(word ^ 0x80808080, 0x64646464, odd ? 0x4341 : 0x4240), kTwoOnes, kLess1152);
-}
-
-template <class P> HQ_INLINE float group_scale(const typename P::Unit& w, int g) {
-    if constexpr (P::kSub == 0) return P::d(w, g / 2);
-    else return P::d(w) * (float)P::sub_scale(w, g * 16 / P::kSub);
-}
-template <class P> HQ_INLINE float group_minimum(const typename P::Unit& w, int g) {
-    if constexpr (!P::kMin) return 0;
-    else if constexpr (P::kSub == 0) return P::minimum(w, g / 2);
-    else return P::dmin(w) * (float)P::sub_minimum(w, g * 16 / P::kSub);
+    return fma_halves(bytes_to_halves(word ^ 0x80808080, odd), kOne, kMinus1024 + both(128));
 }
 
 // Word i of a unit as weights, in two pairs of halves; of its group: the scale, and what is added behind.
 template <class P> struct GroupOfHalves {
     uint32_t scale, add;
     HQ_MEMBER GroupOfHalves(const typename P::Unit& w, int g) {
-        const float s = kTileRaise * group_scale<P>(w, g), placed = s * (1.0f / (1 << P::place(g)));
-        const float rest = s * (float)(P::centre(g) - P::kOffset) - kTileRaise * group_minimum<P>(w, g);
+        const float s = kRaise * group_scale<P>(w, g), placed = s * (1.0f / (1 << P::place(g)));
+        const float rest = s * (float)(P::centre(g) - P::kOffset) - kRaise * group_minimum<P>(w, g);
         scale = pack_halves(placed, placed), add = pack_halves(rest, rest);
     }
     HQ_MEMBER uint32_t weights(uint32_t placed, int odd) const {
@@ -89,28 +78,28 @@ template <class Q> struct TileProduct {
 };
 
 // kColumns is there for each kernel to have shared memory of its own. Inputs that are yet to be normed are multiplied by
-// 1 / rms first: a residual stream may be greater than halves are.
-template <class Q, int kColumns, bool kNorm> HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Then& then) {
+// 1 / rms first: a residual stream may be greater than halves are. Others become infinite from 4e6 on.
+template <class Q, int kColumns, bool kNorm> HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Epilogue& epilogue) {
     HQ_SHARED float partial[kTileTeams][kTileRows * kTileColumns];
     HQ_SHARED BlockResults<kTileTeams, kTileColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, steps = (units + 3) / 4;
     const int team = thread_y(), lane = thread_x(), thread = team * 32 + lane, pairs = (p.nrows + 1) / 2;
-    const int kind = kNorm ? kAddAndNorm : then.kind == kGate ? kGate : kStore;  // as far as rows go
+    const int kind = kNorm ? kAddAndNorm : epilogue.kind == kGate ? kGate : kStore;  // as far as rows go
     const int to_block = pairs_to_block(kind, kTileRows / 2), begin = (int)block_x() * to_block;
     TileProduct<Q> product;
     product.begin_rows(p, units, kind, begin, 0);
-    Follow<kTileTeams, kTileColumns, kNorm> follow{p, then, 0, p.columns, begin, to_block, 0, {}, {}, 0, 0};
-    follow.load_constants();
+    EpilogueThread<kTileTeams, kTileColumns, kNorm> behind{p, epilogue, 0, p.columns, begin, to_block, 0, {}, {}, 0, 0};
+    behind.load_constants();
     wait_for_inputs();
-    follow.load_inputs();
+    behind.load_inputs();
 
     const int column = lane / 4 < p.columns ? lane / 4 : p.columns - 1;
-    float scale = 1.0f / kTileRaise;
+    float scale = 1.0f / kRaise;
     if (p.squares) {
-        follow.store_squares(results.squares);
+        behind.store_squares(results.squares);
         barrier();
-        scale *= follow.scale(results.squares, column);
+        scale *= behind.scale(results.squares, column);
     }
     const uint8_t* y = (const uint8_t*)p.y + column * column_bytes(p.n_padded);
 #pragma unroll 1
@@ -132,5 +121,5 @@ template <class Q, int kColumns, bool kNorm> HQ_INLINE void mul_mat_vec_tiles(co
         if (next < 2 * to_block) barrier();
     }
     barrier();
-    follow.store(results, true);
+    behind.store(results, true);
 }

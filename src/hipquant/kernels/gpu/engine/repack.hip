@@ -17,15 +17,7 @@ HQ_INLINE void repack(const void* x, void* planes, int ncols, int nrows, int fir
 
 // Word i of a unit as floats: bit for bit what the format's definition gives, a product and a difference.
 template <class P> HQ_INLINE Float4 weights(const typename P::Unit& unit, int i) {
-    float scale, minimum = 0;
-    if constexpr (P::kSub == 0) {
-        scale = P::d(unit, i / 8);
-        if constexpr (P::kMin) minimum = P::minimum(unit, i / 8);
-    } else {
-        const int g = 4 * i / P::kSub;
-        scale = P::d(unit) * (float)P::sub_scale(unit, g);
-        if constexpr (P::kMin) minimum = P::dmin(unit) * (float)P::sub_minimum(unit, g);
-    }
+    const float scale = group_scale<P>(unit, i / 4), minimum = group_minimum<P>(unit, i / 4);
     const uint32_t q = P::word(unit, i);
     Float4 r;
 #pragma unroll

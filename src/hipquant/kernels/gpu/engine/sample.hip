@@ -1,44 +1,9 @@
-// `argmax_f32`: the place of the greatest value of each row, the first of equals; NaN is never it. A block takes a row.
-//
 // `sample_best_f32`, `sample_bins_f32`, `sample_draw_f32`, one after the other: the next token of each row of logits,
 // by the chain of sampling.py. A block takes 1024 logits. The first gives each block's best one; the second counts
 // logits by their distance from the best one, and sums probabilities; the third gathers those that top-k or top-p may
 // keep, of which its last block sorts the list, cuts it, and draws. Probabilities are integers, whose sums do not
 // depend on their order: the same logits and the same seed give the token that sampling.py draws.
 #include "rows.h"
-
-// A value and its place; a place that is none comes behind all others.
-struct Place {
-    float value;
-    int at;
-    HQ_MEMBER void take(float v, int i) {
-        if (v > value || (v == value && i < at)) value = v, at = i;
-    }
-    template <int kMask> HQ_MEMBER void take_from_lane() {
-        const float v = shuffle_xor<kMask>(value);
-        take(v, shuffle_xor<kMask>(at));
-    }
-};
-
-HQ_KERNEL(256) argmax_f32(const float* x, int* ids, int n) {
-    constexpr int kNone = 0x7FFFFFFF;
-    HQ_SHARED float values[8];
-    HQ_SHARED int places[8];
-    let_next_begin();
-    wait_for_inputs();
-    const int thread = thread_x();
-    x += (uint64_t)block_x() * n;
-    Place best{-infinity(), kNone};
-#pragma unroll 4
-    for (int i = thread; i < n; i += 256) best.take(x[i], i);
-    best.take_from_lane<1>(), best.take_from_lane<2>(), best.take_from_lane<7>();
-    best.take_from_lane<15>(), best.take_from_lane<16>();
-    if (thread % 32 == 0) values[thread / 32] = best.value, places[thread / 32] = best.at;
-    barrier();
-    if (thread) return;
-    for (int i = 1; i < 8; i++) best.take(values[i], places[i]);
-    ids[block_x()] = best.at == kNone ? 0 : best.at;
-}
 
 constexpr int kSampleThreads = 256, kLogits = 4, kBlockLogits = kSampleThreads * kLogits;
 constexpr int kBins = 2048, kBinsOfUnit = 64;  // the last bin is of all that are 32 and more below the best logit

@@ -19,7 +19,7 @@ HQ_INLINE KScales k_scales(uint32_t a, uint32_t b, uint32_t c, uint32_t chunk) {
 // it is.
 HQ_INLINE uint32_t packed_k_scales(uint32_t a, uint32_t b, uint32_t c, uint32_t chunk) {
     const uint32_t later = opaque(0u - (chunk >> 1 & 1));
-    const uint32_t first = halves_of(a, b, chunk & 1), nibbles = halves_of(c, c, chunk & 1);
+    const uint32_t first = join_halves(a, b, chunk & 1), nibbles = join_halves(c, c, chunk & 1);
     const uint32_t second = (first >> 2 & 0x30303030) | (nibbles & 0x00000F0F) | (nibbles >> 4 & 0x0F0F0000);
     return (second & later) | (first & 0x3F3F3F3F & ~later);
 }

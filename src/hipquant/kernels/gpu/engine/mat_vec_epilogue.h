@@ -11,9 +11,9 @@ struct Product {
     int ncols, nrows, columns, n_padded;
 };
 
-enum ThenKind { kStore, kAddAndNorm, kGate, kRopeAndStore };
+enum EpilogueKind { kStore, kAddAndNorm, kGate, kRopeAndStore };
 
-struct Then {
+struct Epilogue {
     int kind;
     const float* bias;      // or null
     float* dst;             // [column][nrows_dst]: the products from row `first` on; x, the gated ones, or queries
@@ -47,26 +47,26 @@ template <int kTeams, int kColumns> struct BlockResults {
 // What a thread does behind the products, for a pair of rows and a column: of `columns` columns from `first_column` on and
 // `to_block` pairs from `begin` on. What that takes of memory is loaded ahead, as each wait for it would delay the
 // kernel behind; it is little, as it takes registers while the products are made.
-template <int kTeams, int kColumns, bool kNorm> struct Follow {
+template <int kTeams, int kColumns, bool kNorm> struct EpilogueThread {
     static_assert(kColumns <= kTeams, "a team takes a column");
     static constexpr int kLanes = kColumns == 1 ? 32 * kTeams : 32;  // to a column's sums of squares
     static constexpr int kAhead = kColumns == 1 ? 1 : 4;
     const Product& p;
-    const Then& then;
+    const Epilogue& epilogue;
     int first_column, columns, begin, to_block;
     float weight, squares[kAhead], other[2];  // other: the residual stream, or cosine and sine
     int at, slot;                             // of the token, in the KV cache
 
-    HQ_MEMBER bool gates() const { return !kNorm && then.kind == kGate; }
-    HQ_MEMBER bool ropes() const { return !kNorm && then.kind == kRopeAndStore; }
+    HQ_MEMBER bool gates() const { return !kNorm && epilogue.kind == kGate; }
+    HQ_MEMBER bool ropes() const { return !kNorm && epilogue.kind == kRopeAndStore; }
     HQ_MEMBER int thread() const { return thread_y() * 32 + thread_x(); }
     HQ_MEMBER int column() const { return thread() % kColumns; }
     HQ_MEMBER int pair() const { return begin + thread() / kColumns; }
     HQ_MEMBER int pairs() const { return (p.nrows + 1) / 2; }
     HQ_MEMBER bool has_pair() const { return pair() < begin + to_block && pair() < pairs() && column() < columns; }
-    HQ_MEMBER int row() const { return then.first + 2 * pair(); }
+    HQ_MEMBER int row() const { return epilogue.first + 2 * pair(); }
     HQ_MEMBER bool has_both() const { return 2 * pair() + 1 < p.nrows; }
-    HQ_MEMBER float* results_of(int c) const { return then.dst + (int64_t)(first_column + c) * then.nrows_dst; }
+    HQ_MEMBER float* results_of(int c) const { return epilogue.dst + (int64_t)(first_column + c) * epilogue.nrows_dst; }
     // Activation `lane` of 32 of a column that become so.
     HQ_MEMBER int activation() const { return (gates() ? begin : 2 * begin) + thread_x(); }
     HQ_MEMBER int activations() const { return gates() ? pairs() : p.nrows; }
@@ -77,7 +77,7 @@ template <int kTeams, int kColumns, bool kNorm> struct Follow {
     }
 
     HQ_MEMBER void load_constants() {
-        weight = kNorm && activation() < activations() ? then.weight[activation()] : 1;
+        weight = kNorm && activation() < activations() ? epilogue.weight[activation()] : 1;
     }
     // Behind wait_for_inputs().
     HQ_MEMBER void load_inputs() {
@@ -85,10 +85,10 @@ template <int kTeams, int kColumns, bool kNorm> struct Follow {
         if (has_pair() && kNorm) {
             other[0] = results_of(column())[row()], other[1] = has_both() ? results_of(column())[row() + 1] : 0;
         } else if (has_pair() && ropes()) {
-            const int head = row() / then.head_dim, i = row() % then.head_dim;
-            at = then.position[first_column + column()], slot = then.slot[first_column + column()];
-            const float* angle = then.rope + (int64_t)at * then.n_rot + i;
-            if (head < then.n_head + then.n_head_kv && i < then.n_rot) other[0] = angle[0], other[1] = angle[1];
+            const int head = row() / epilogue.head_dim, i = row() % epilogue.head_dim;
+            at = epilogue.position[first_column + column()], slot = epilogue.slot[first_column + column()];
+            const float* angle = epilogue.rope + (int64_t)at * epilogue.n_rot + i;
+            if (head < epilogue.n_head + epilogue.n_head_kv && i < epilogue.n_rot) other[0] = angle[0], other[1] = angle[1];
         }
         const float* sums = sums_of_squares();
 #pragma unroll
@@ -132,25 +132,25 @@ template <int kTeams, int kColumns, bool kNorm> struct Follow {
     HQ_MEMBER void store_pair(float& a, float& b) const {
         float* dst = results_of(column());
         if (gates()) {
-            if (then.bias) a += then.bias[pair()], b += then.bias[pair() + pairs()];
+            if (epilogue.bias) a += epilogue.bias[pair()], b += epilogue.bias[pair() + pairs()];
             dst[pair()] = a = a / (1 + exp_(-a)) * b;
             return;
         }
-        if (then.bias) a += then.bias[row()], b += has_both() ? then.bias[row() + 1] : 0;
+        if (epilogue.bias) a += epilogue.bias[row()], b += has_both() ? epilogue.bias[row() + 1] : 0;
         if (kNorm) a += other[0], b += other[1];
         if (ropes()) {
             const float first = a * other[0] - b * other[1];
             b = a * other[1] + b * other[0], a = first;
-            if (row() >= then.n_head * then.head_dim) return store_in_cache(a, b);
+            if (row() >= epilogue.n_head * epilogue.head_dim) return store_in_cache(a, b);
         }
         dst[row()] = a;
         if (has_both()) dst[row() + 1] = b;
     }
     HQ_MEMBER void store_in_cache(float a, float b) const {
-        const int head = row() / then.head_dim - then.n_head, n_head_kv = then.n_head_kv;
+        const int head = row() / epilogue.head_dim - epilogue.n_head, n_head_kv = epilogue.n_head_kv;
         const bool value = head >= n_head_kv;
-        const int64_t cache_row = ((int64_t)slot * n_head_kv + (value ? head - n_head_kv : head)) * then.n_context + at;
-        *(uint32_t*)((value ? then.v_cache : then.k_cache) + cache_row * then.head_dim + row() % then.head_dim) =
+        const int64_t cache_row = ((int64_t)slot * n_head_kv + (value ? head - n_head_kv : head)) * epilogue.n_context + at;
+        *(uint32_t*)((value ? epilogue.v_cache : epilogue.k_cache) + cache_row * epilogue.head_dim + row() % epilogue.head_dim) =
             float_to_half(a) | (uint32_t)float_to_half(b) << 16;
     }
     // One of 32 that a team has.
@@ -159,10 +159,10 @@ template <int kTeams, int kColumns, bool kNorm> struct Follow {
         v = i < activations() ? v : 0;
         if (kNorm) {
             const float sum = team_sum(v * v);
-            if (thread_x() == 0) then.sums[(int64_t)column * ((p.nrows + 31) / 32) + i / 32] = sum;
+            if (thread_x() == 0) epilogue.sums[(int64_t)column * ((p.nrows + 31) / 32) + i / 32] = sum;
             v *= weight;
         }
-        if (kNorm && then.normed && i < activations()) then.normed[(int64_t)column * then.n_padded + i] = v;
-        if (then.q) store_activations<1>(then.q + column * column_bytes(then.n_padded), then.n_padded, i, &v, true);
+        if (kNorm && epilogue.normed && i < activations()) epilogue.normed[(int64_t)column * epilogue.n_padded + i] = v;
+        if (epilogue.q) store_activations<1>(epilogue.q + column * column_bytes(epilogue.n_padded), epilogue.n_padded, i, &v, true);
     }
 };
