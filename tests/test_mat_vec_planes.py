@@ -61,8 +61,8 @@ SIMULATED = [
 EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
 
 
-class Then(IntEnum):
-    """What becomes of the results of `mul_mat_vec_planes_*` (mat_vec_then.h)."""
+class Epilogue(IntEnum):
+    """What becomes of the results of `mul_mat_vec_planes_*` (mat_vec_epilogue.h)."""
 
     STORE = 0
     GATE = wiring.GATED
@@ -173,20 +173,20 @@ class Product:
         # Of nothing that is multiplied here: the kernel is told what to divide by.
         squares = rng.uniform(1, 99, (shape.columns, -(-self.k // QK))).astype(np.float32)
         self.squares = squares if shape.squares else NULL
-        self.w, values = weights(backend, kind, shape.rows, self.k)
+        self.w, self.w_values = weights(backend, kind, shape.rows, self.k)
         self.y, x = activations(backend, kind, normal(rng, shape.columns, self.k), self.n_padded)
-        self.expected = x @ values.T
+        self.expected = x @ self.w_values.T
         if shape.squares:
             self.expected /= np.sqrt(squares.sum(-1, dtype=np.float64, keepdims=True) / self.k + EPS)
         if isinstance(self.bias, np.ndarray):
             self.expected += self.bias[first:]
 
-    def run(self, dst: Floats, then: Then, planes: Params = NO_PLANES, rope: Params = NO_ROPE) -> None:
+    def run(self, dst: Floats, epilogue: Epilogue, planes: Params = NO_PLANES, rope: Params = NO_ROPE) -> None:
         """Launches `mul_mat_vec_planes_*`; the columns of `dst` are its rows."""
         shape = self.shape
         row = wiring.find("mul_mat_vec_planes", self.kind, batch=shape.batch)
-        grid = row.grid(nrows=shape.rows, units=plane_units(self.k), ncols=shape.columns, then=int(then))
-        to = self.first, dst.shape[1], int(then)
+        grid = row.grid(nrows=shape.rows, units=plane_units(self.k), ncols=shape.columns, epilogue=int(epilogue))
+        to = self.first, dst.shape[1], int(epilogue)
         self.backend.launch(row, grid, (*self._product(dst), *to, *planes, *rope))
 
     def add_and_norm(self, x: Floats, weight: Floats, outputs: Params) -> None:
@@ -202,7 +202,7 @@ class Product:
     def stored(self) -> Floats:
         """The results where they are stored, in columns that are longer than that; nothing else is written."""
         dst, rows = poison(self.shape.columns, self.first + self.shape.rows + 5), self.shape.rows
-        self.run(dst, Then.STORE)
+        self.run(dst, Epilogue.STORE)
         assert np.isnan(dst[:, : self.first]).all()
         assert np.isnan(dst[:, self.first + rows :]).all()
         return dst[:, self.first : self.first + rows]
@@ -256,10 +256,21 @@ def test_a_column_that_is_not_finite_keeps_to_itself(runner: Runner, rng: np.ran
     x = normal(rng, 3, 256)
     x[1, 70] = np.nan
     product.y, values = activations(runner.backend, product.kind, x, product.n_padded)
-    _, w = weights(runner.backend, product.kind, 20, 256)
     found = product.stored()
     assert np.isnan(found[1]).all()
-    assert reference.nmse(found[::2], values[::2] @ w.T) <= product.limit
+    assert reference.nmse(found[::2], values[::2] @ product.w_values.T) <= product.limit
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "Q4_K", "F32"])
+@pytest.mark.parametrize(("batch", "columns"), [(1, 1), (2, 2), (4, 3), (8, 8)])
+def test_a_great_residual_stream(runner: Runner, rng: np.random.Generator, kind: str, batch: int, columns: int) -> None:
+    """What is yet to be normed may be greater than halves are, whatever the product is made with."""
+    product = Product(runner, rng, Shape(kind, batch, columns, 20, 512, squares=True))
+    x = 1e7 * normal(rng, columns, 512)
+    product.y, values = activations(runner.backend, product.kind, x, product.n_padded)
+    product.squares = np.square(x.astype(np.float64)).reshape(columns, -1, QK).sum(-1).astype(np.float32)
+    expected = values @ product.w_values.T / np.sqrt(np.square(x.astype(np.float64)).mean(-1, keepdims=True))
+    assert reference.nmse(product.stored(), expected) <= product.limit
 
 
 # What follows a product. Results of a group of 32 that is not full are put in planes with zeros behind them.
@@ -333,7 +344,7 @@ def test_gate(runner: Runner, rng: np.random.Generator, shape: Shape, which: str
     for n_padded in {padded(n, UNIT), padded(n)}:
         dst = poison(columns, n_padded)
         q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
-        product.run(dst, Then.GATE, (q if which else NULL, n_padded))
+        product.run(dst, Epilogue.GATE, (q if which else NULL, n_padded))
         with np.errstate(over="ignore"):
             assert reference.nmse(dst[:, :n], gate / (1 + np.exp(-gate)) * up) <= 4 * product.limit
         assert np.isnan(dst[:, n:]).all()
@@ -388,7 +399,7 @@ def test_rope_and_store(
         shape = Shape(kind, batch, columns, count * head_dim, k, bias=True, squares=True)
         product = Product(runner, rng, shape, int(first) * head_dim)
         keys, values = found[0].copy(), found[1].copy()
-        product.run(dst, Then.ROPE_AND_STORE, rope=(keys, values, table, position, slot, *heads, n_context))
+        product.run(dst, Epilogue.ROPE_AND_STORE, rope=(keys, values, table, position, slot, *heads, n_context))
         found[0], found[1] = keys, values
         products.append(product)
 
