@@ -44,8 +44,8 @@ NULL, POISON, NAN = 0, 0xA5, 0x7E55
 # multiply what was rounded to halves.
 PRODUCTS, BY_MATRIX_UNITS = 1e-11, 4e-7
 EPS = 1e-5
-# Of those that matrix units multiply, one for each kind of scales and minimums: of 32 weights, or of super-blocks.
-TILE_TYPES = ("Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K")
+# With matrix units, and copies to shared memory: a type for each kind of scales and minimums, and of planes.
+TILE_TYPES = ("Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q5_K", "Q6_K")
 NO_PLANES: tuple[int, ...] = (NULL, 0)  # q, n_padded_q
 # k_cache, v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context
 NO_ROPE: tuple[int, ...] = (NULL, NULL, NULL, NULL, NULL, 1, 1, 2, 0, 1)
@@ -71,7 +71,7 @@ class Epilogue(IntEnum):
 
 @dataclass(frozen=True)
 class Runner:
-    """What runs the kernels, and whether it multiplies by matrix units where there are 4 columns and more."""
+    """What runs the kernels, and whether it has matrix units, for 4 columns and more, and asynchronous copies."""
 
     backend: Backend
     matrix_units: bool
@@ -162,10 +162,10 @@ class Product:
 
     def __init__(self, runner: Runner, rng: np.random.Generator, shape: Shape, first: int = 0) -> None:
         kind, backend = quant_type(shape.kind), runner.backend
-        if runner.matrix_units and (shape.batch < 4 or shape.kind not in TILE_TYPES):
+        if runner.matrix_units and shape.kind not in TILE_TYPES:
             pytest.skip("the same without matrix units, or of a type that is like one of TILE_TYPES")
         self.backend, self.shape, self.first, self.kind = backend, shape, first, kind
-        self.limit = BY_MATRIX_UNITS if runner.matrix_units else PRODUCTS
+        self.limit = BY_MATRIX_UNITS if runner.matrix_units and shape.batch >= 4 else PRODUCTS
         self.k = padded(shape.k, kind.block_size)
         # Matrix units take 256 values of a column at a time.
         self.n_padded = padded(self.k, UNIT if shape.k % 64 and not runner.matrix_units else 512)
@@ -185,8 +185,9 @@ class Product:
         """Launches `mul_mat_vec_planes_*`; the columns of `dst` are its rows."""
         shape = self.shape
         row = wiring.find("mul_mat_vec_planes", self.kind, batch=shape.batch)
-        grid = row.grid(nrows=shape.rows, units=plane_units(self.k), ncols=shape.columns, epilogue=int(epilogue))
-        to = self.first, dst.shape[1], int(epilogue)
+        to_block = wiring.rows_to_block(shape.rows, plane_units(self.k), shape.batch, epilogue == Epilogue.GATE, 1)
+        grid = row.grid(nrows=shape.rows, ncols=shape.columns, rows_to_block=to_block)
+        to = self.first, dst.shape[1], int(epilogue), to_block
         self.backend.launch(row, grid, (*self._product(dst), *to, *planes, *rope))
 
     def add_and_norm(self, x: Floats, weight: Floats, outputs: Params) -> None:

@@ -391,33 +391,34 @@ def _gpu_engine() -> Iterator[Kernel]:
         for b in PLANE_BATCHES:
             yield kernel(
                 f"mul_mat_vec_planes_{t.suffix}_{b}",
-                f"{product}, int first, int nrows_dst, int epilogue, void* q, int n_padded_q, uint16_t* k_cache,"
-                " uint16_t* v_cache, const float* rope, const int* position, const int* slot, int n_head,"
-                " int n_head_kv, int head_dim, int n_rot, int n_context",
+                f"{product}, int first, int nrows_dst, int epilogue, int rows_to_block, void* q, int n_padded_q,"
+                " uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position, const int* slot,"
+                " int n_head, int n_head_kv, int head_dim, int n_rot, int n_context",
                 (32, 4 if b <= 2 else 8, 1),
-                lambda nrows, units, ncols, epilogue=0, b=b: (
-                    _ceil(nrows, 64 if epilogue == GATED else _rows_to_a_block(units, b)),
-                    _ceil(ncols, b),
-                    1,
-                ),
+                lambda nrows, ncols, rows_to_block, b=b: (_ceil(nrows, rows_to_block), _ceil(ncols, b), 1),
                 t,
                 b,
             )
             yield kernel(
                 f"mul_mat_vec_norm_{t.suffix}_{b}",
                 f"{product}, int nrows_dst, const float* weight, float* normed, void* q, float* sums, int n_padded_q",
-                (32, 8, 1),
+                (32, 16 if b <= 2 else 8, 1),
                 lambda nrows: (_ceil(nrows, 32), 1, 1),
                 t,
                 b,
             )
 
 
-def _rows_to_a_block(units: int, batch: int) -> int:
-    """Rows that a block of `mul_mat_vec_planes_*` takes: those that its 4 teams, of which 1, 2 or 4 share 4 or 2 rows,
-    have at once, or 32 where columns are many."""
-    share = 1 if units <= 32 else 2 if units <= 64 or 128 < units <= 192 else 4
-    return 16 // share if batch == 1 else 8 // share if batch == 2 else 32
+def rows_to_block(nrows: int, units: int, batch: int, gated: bool, processors: int) -> int:
+    """Rows that a block of `mul_mat_vec_planes_*` shall take: where they are gated, those that make 32 activations; of
+    few columns, so many that four blocks a processor take them all, or 16 if that would be more than 48 (H200,
+    2026-11-23)."""
+    if gated or batch > 2:
+        return 64 if gated else 32
+    share = 1 if units <= 32 else 2 if units <= 64 or 128 < units <= 192 else 4  # teams of 4 that have the same rows
+    at_once = 4 // share * (4 if batch == 1 else 2)
+    rows = _ceil(_ceil(nrows, 4 * processors), at_once) * at_once
+    return rows if rows <= 48 else 16
 
 
 COMPATIBILITY: tuple[Kernel, ...] = (

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import wiring
 from ..codeobjects import ENGINE, QUANTIZED
-from ..driver import Buffer, Device
+from ..driver import Buffer, Device, gpu
 from ..errors import OutOfDeviceMemoryError
 from ..gguf_file import GGUFFile, TensorInfo
 from ..quants import FLOAT_TYPES, UNIT, QuantType, activation_bytes, padded, plane_bytes, plane_units
@@ -93,6 +93,8 @@ class Products:
     rows: int = field(init=False)
 
     def __post_init__(self) -> None:
+        assert isinstance(self.kernels.device, gpu.Device)
+        self.processors = self.kernels.device.compute_units
         self.rows = sum(run.rows for run in self.runs)
 
     def wants(self, x: Activations) -> tuple[Buffer | None, Buffer | None]:
@@ -129,8 +131,11 @@ class Products:
             self.kernels(kernel, kernel.grid(nrows=run.rows), *product, stride, *epilogue.norm)
             return
         kernel = wiring.find("mul_mat_vec_planes", run.type, batch=batch)
-        grid = kernel.grid(nrows=run.rows, units=plane_units(self.k), ncols=n, epilogue=int(epilogue.kind))
-        self.kernels(kernel, grid, *product, run.at, stride, int(epilogue.kind), *epilogue.gate, *epilogue.rope)
+        gated = epilogue.kind == EpilogueKind.GATE
+        rows = wiring.rows_to_block(run.rows, plane_units(self.k), batch, gated, self.processors)
+        grid = kernel.grid(nrows=run.rows, ncols=n, rows_to_block=rows)
+        to = run.at, stride, int(epilogue.kind), rows, *epilogue.gate, *epilogue.rope
+        self.kernels(kernel, grid, *product, *to)
 
 
 class GpuWeights(Weights[Products]):

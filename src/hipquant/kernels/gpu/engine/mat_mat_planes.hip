@@ -142,7 +142,8 @@ template <class Q> struct ByMatrixUnits {
                 d[u][c] = columns.d[u][c];
                 for (int s = 0; s < 2; s++)
                     for (int j = 0; j < 2; j++)
-                        a[u][s][2 * j + c] = fma_halves(bytes_to_halves(columns.q[u][c].w[s] ^ 0x80808080, j), kOne, kMinus);
+                        a[u][s][2 * j + c] =
+                            fma_halves(bytes_to_halves(columns.q[u][c].w[s] ^ 0x80808080, j), kOne, kMinus);
             }
     }
     // Adds the products with a half of unit u of the pair, from begin() to add().
@@ -334,12 +335,12 @@ HQ_INLINE void mul_mat_planes(
     product.store({dst + (uint64_t)column * (uint32_t)nrows_dst + row, (uint32_t)nrows_dst, nrows - row, p.columns});
 }
 
-#define HQ_MUL_MAT_PLANES(suffix, Q)                                                                                   \
-    HQ_KERNEL(256)                                                                                                     \
-    mul_mat_planes_##suffix(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y,           \
-        int n_padded, int nrows_dst) {                                                                                 \
-        let_next_begin();                                                                                              \
-        mul_mat_planes<Q>(x, y, dst, ncols_x, nrows_x, ncols_y, n_padded, nrows_dst);                                  \
+#define HQ_MUL_MAT_PLANES(suffix, Q)                                                                         \
+    HQ_KERNEL(256)                                                                                           \
+    mul_mat_planes_##suffix(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, \
+        int n_padded, int nrows_dst) {                                                                       \
+        let_next_begin();                                                                                    \
+        mul_mat_planes<Q>(x, y, dst, ncols_x, nrows_x, ncols_y, n_padded, nrows_dst);                        \
     }
 HQ_PLANES(HQ_MUL_MAT_PLANES)
 #undef HQ_MUL_MAT_PLANES

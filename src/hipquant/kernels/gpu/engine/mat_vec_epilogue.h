@@ -1,6 +1,6 @@
-// What becomes of the products of a mat-vec: they are stored, added to the residual stream and normed, gated, or rotated
-// and stored in the KV cache. What is normed or gated becomes activations in planes, of which 32 have one d: a block
-// makes all of them.
+// What becomes of the products of a mat-vec: they are stored, added to the residual stream and normed, gated, or
+// rotated and stored in the KV cache. What is normed or gated becomes activations in planes, of which 32 have one d: a
+// block makes all of them.
 #pragma once
 #include "rows.h"
 
@@ -15,22 +15,20 @@ enum EpilogueKind { kStore, kAddAndNorm, kGate, kRopeAndStore };
 
 struct Epilogue {
     int kind;
-    const float* bias;      // or null
-    float* dst;             // [column][nrows_dst]: the products from row `first` on; x, the gated ones, or queries
+    const float* bias;  // or null
+    float* dst;         // [column][nrows_dst]: the products from row `first` on; x, the gated ones, or queries
     int first, nrows_dst;
-    const float* weight;    // kAddAndNorm: of the norm, whose division by rms is left to who reads its results
-    float* normed;          // kAddAndNorm: [column][n_padded] floats, or null
-    uint8_t* q;             // kAddAndNorm and kGate: columns in planes, or null
-    float* sums;            // kAddAndNorm: [column][group of 32] sums of squares
+    const float* weight;  // kAddAndNorm: of the norm, whose division by rms is left to who reads its results
+    float* normed;        // kAddAndNorm: [column][n_padded] floats, or null
+    uint8_t* q;           // kAddAndNorm and kGate: columns in planes, or null
+    float* sums;          // kAddAndNorm: [column][group of 32] sums of squares
     int n_padded;
     uint16_t *k_cache, *v_cache;
     const float* rope;
     const int *position, *slot;
     int n_head, n_head_kv, head_dim, n_rot, n_context;
+    int pairs_to_block;  // pairs of rows that a block takes: of those that become activations, what makes 32
 };
-
-// Pairs of rows that a block takes: those that make 32 activations, or `others`.
-HQ_INLINE int pairs_to_block(int kind, int others) { return kind == kGate ? 32 : kind == kAddAndNorm ? 16 : others; }
 
 // The row of the matrix that row r of a block is, whose first pair is `begin`: pairs are neighbours or, where they are
 // gated, `pairs` apart. Behind the last row it is repeated.
@@ -44,8 +42,8 @@ template <int kTeams, int kColumns> struct BlockResults {
     float v[64][kColumns], stored[32][kColumns], squares[kTeams];
 };
 
-// What a thread does behind the products, for a pair of rows and a column: of `columns` columns from `first_column` on and
-// `to_block` pairs from `begin` on. What that takes of memory is loaded ahead, as each wait for it would delay the
+// What a thread does behind the products, for a pair of rows and a column: of `columns` columns from `first_column` on
+// and `to_block` pairs from `begin` on. What that takes of memory is loaded ahead, as each wait for it would delay the
 // kernel behind; it is little, as it takes registers while the products are made.
 template <int kTeams, int kColumns, bool kNorm> struct EpilogueThread {
     static_assert(kColumns <= kTeams, "a team takes a column");
@@ -88,7 +86,8 @@ template <int kTeams, int kColumns, bool kNorm> struct EpilogueThread {
             const int head = row() / epilogue.head_dim, i = row() % epilogue.head_dim;
             at = epilogue.position[first_column + column()], slot = epilogue.slot[first_column + column()];
             const float* angle = epilogue.rope + (int64_t)at * epilogue.n_rot + i;
-            if (head < epilogue.n_head + epilogue.n_head_kv && i < epilogue.n_rot) other[0] = angle[0], other[1] = angle[1];
+            if (head < epilogue.n_head + epilogue.n_head_kv && i < epilogue.n_rot)
+                other[0] = angle[0], other[1] = angle[1];
         }
         const float* sums = sums_of_squares();
 #pragma unroll
@@ -149,9 +148,10 @@ template <int kTeams, int kColumns, bool kNorm> struct EpilogueThread {
     HQ_MEMBER void store_in_cache(float a, float b) const {
         const int head = row() / epilogue.head_dim - epilogue.n_head, n_head_kv = epilogue.n_head_kv;
         const bool value = head >= n_head_kv;
-        const int64_t cache_row = ((int64_t)slot * n_head_kv + (value ? head - n_head_kv : head)) * epilogue.n_context + at;
-        *(uint32_t*)((value ? epilogue.v_cache : epilogue.k_cache) + cache_row * epilogue.head_dim + row() % epilogue.head_dim) =
-            float_to_half(a) | (uint32_t)float_to_half(b) << 16;
+        const int64_t cache_row =
+            ((int64_t)slot * n_head_kv + (value ? head - n_head_kv : head)) * epilogue.n_context + at;
+        *(uint32_t*)((value ? epilogue.v_cache : epilogue.k_cache) + cache_row * epilogue.head_dim +
+                     row() % epilogue.head_dim) = float_to_half(a) | (uint32_t)float_to_half(b) << 16;
     }
     // One of 32 that a team has.
     HQ_MEMBER void store_activation(int column, float v) const {
@@ -163,6 +163,7 @@ template <int kTeams, int kColumns, bool kNorm> struct EpilogueThread {
             v *= weight;
         }
         if (kNorm && epilogue.normed && i < activations()) epilogue.normed[(int64_t)column * epilogue.n_padded + i] = v;
-        if (epilogue.q) store_activations<1>(epilogue.q + column * column_bytes(epilogue.n_padded), epilogue.n_padded, i, &v, true);
+        if (epilogue.q)
+            store_activations<1>(epilogue.q + column * column_bytes(epilogue.n_padded), epilogue.n_padded, i, &v, true);
     }
 };

@@ -1,5 +1,5 @@
-// `mul_mat_vec_planes_*`: weights in planes times 1 to 8 columns of activations, and what follows (mat_vec_epilogue.h). One,
-// two or four teams of a block share two or four rows; a lane takes a unit of each at a time, times all columns.
+// `mul_mat_vec_planes_*`: weights in planes times 1 to 8 columns of activations, and what follows (mat_vec_epilogue.h).
+// One, two or four teams of a block share two or four rows; a lane takes a unit of each at a time, times all columns.
 #include "types.h"
 #include "mat_vec_epilogue.h"
 
@@ -40,8 +40,7 @@ template <class Q> struct QuantizedWeights {
             sum = __builtin_fmaf((float)product, d, sum);
             if constexpr (P::kMin && P::kSub == 16)
                 low = __builtin_fmaf((float)dot2(y.sums(h), P::sub_minimums(w), h, 0), y.d(h), low);
-            if constexpr (P::kMin && P::kSub == 32)
-                low = __builtin_fmaf((float)P::sub_minimum(w, h), y.sum32(h), low);
+            if constexpr (P::kMin && P::kSub == 32) low = __builtin_fmaf((float)P::sub_minimum(w, h), y.sum32(h), low);
         }
         if constexpr (P::kSub) acc = __builtin_fmaf(P::d(w), sum, acc);
         if constexpr (P::kSub && P::kMin) acc = __builtin_fmaf(-P::dmin(w), low, acc);
@@ -96,7 +95,9 @@ struct WordsBF16 {
 };
 
 // Log2 of the teams that share a group of rows: as many as have something to do.
-HQ_INLINE int log2_share(uint32_t units) { return units <= 32 ? 0 : units <= 64 || (units > 128 && units <= 192) ? 1 : 2; }
+HQ_INLINE int log2_share(uint32_t units) {
+    return units <= 32 ? 0 : units <= 64 || (units > 128 && units <= 192) ? 1 : 2;
+}
 
 // Rows that share their columns, of which a thread takes units `lane`, `lane` + `lanes`, ... of `count`, loaded one in
 // advance.
@@ -105,12 +106,12 @@ template <class W, int kRows> struct Rows {
     uint32_t lane, lanes, count;
     typename W::Unit ahead[kRows];
 
-    // Rows `first` and on of a block whose first pair is `begin`.
-    HQ_MEMBER void begin_rows(const Product& p, uint32_t units, int kind, int begin, int first) {
+    // Rows `first` and on of the `last` + 1 of a block whose first pair is `begin`; behind, the last one again.
+    HQ_MEMBER void begin_rows(const Product& p, uint32_t units, int kind, int begin, int first, int last) {
         const int pairs = (p.nrows + 1) / 2;
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
-            const uint32_t row = row_of_block(kind, begin, first + r, pairs, p.nrows);
+            const uint32_t row = row_of_block(kind, begin, first + r < last ? first + r : last, pairs, p.nrows);
             rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, row};
             ahead[r] = W::load(rows[r], lane < count ? lane : count - 1);
         }
@@ -136,31 +137,32 @@ template <class W, int kRows> struct Rows {
 };
 
 // Teams of a block: of what becomes 32 activations a row there are few blocks, and they shall be large.
-constexpr int teams_of(int columns, bool norm) { return columns > 2 || norm ? 8 : 4; }
-// Rows that share the loads of their columns; where dot products are many instructions, registers are for 2.
-constexpr int rows_at_once(int columns) { return columns == 1 && kDotInstructions ? 4 : 2; }
-// Pairs of rows that a block takes where nothing else says how many; wiring.py knows it too.
-HQ_INLINE int usual_pairs(int columns, int log2) { return columns == 1 ? 8 >> log2 : columns == 2 ? 4 >> log2 : 16; }
-
+constexpr int teams_of(int columns, bool norm) { return columns > 2 ? 8 : norm ? 16 : 4; }
+// Rows that share the loads of their columns, as registers allow: on older CDNA, those of 16 teams leave each thread
+// 128.
+constexpr int rows_at_once(int columns, bool norm) {
+    const int rows = columns == 1 && kDotInstructions ? 4 : 2;
+    return norm && columns <= 2 && !kMatrixUnits ? rows / 2 : rows;
+}
 // A block takes its rows in turns; the next turn's weights are on their way when the sums of one are put together.
 template <class W, int kColumns, bool kNorm>
 HQ_INLINE void mul_mat_vec_planes(const Product& p, const Epilogue& epilogue) {
     constexpr int kTeams = teams_of(kColumns, kNorm);
-    constexpr int kRows = rows_at_once(kColumns);
+    constexpr int kRows = rows_at_once(kColumns, kNorm);
     HQ_SHARED float partial[kTeams][kRows * kColumns];
     HQ_SHARED BlockResults<kTeams, kColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights;
     const int kind = kNorm ? kAddAndNorm : epilogue.kind == kGate ? kGate : kStore;  // as far as rows go
     const int log2 = log2_share(units), share = 1 << log2, team = thread_y(), at_once = (kTeams >> log2) * kRows;
-    const int to_block = pairs_to_block(kind, usual_pairs(kColumns, log2)), pairs = (p.nrows + 1) / 2;
+    const int to_block = epilogue.pairs_to_block, pairs = (p.nrows + 1) / 2;
     const int skipped = (int)block_y() * kColumns, left = p.columns - skipped;
     const int columns = left < kColumns ? left : kColumns, begin = (int)block_x() * to_block;
     const int thread = team * 32 + thread_x(), c = thread % kColumns, at = thread / kColumns;
     Rows<W, kRows> weights;
     weights.lanes = 32u << log2, weights.lane = (uint32_t)((team & (share - 1)) * 32 + thread_x());
     weights.count = W::count(units);
-    weights.begin_rows(p, units, kind, begin, (team >> log2) * kRows);
+    weights.begin_rows(p, units, kind, begin, (team >> log2) * kRows, 2 * to_block - 1);
     EpilogueThread<kTeams, kColumns, kNorm> behind{p, epilogue, skipped, columns, begin, to_block, 0, {}, {}, 0, 0};
     behind.load_constants();
     wait_for_inputs();
@@ -170,7 +172,8 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Epilogue& epilogue) {
         float acc[kRows * kColumns] = {};
         weights.template multiply<kColumns>(acc, p, skipped, columns);
         const int next = first + at_once;
-        if (next < 2 * to_block) weights.begin_rows(p, units, kind, begin, next + (team >> log2) * kRows);
+        if (next < 2 * to_block)
+            weights.begin_rows(p, units, kind, begin, next + (team >> log2) * kRows, 2 * to_block - 1);
         const int which = team_sums<kRows * kColumns>(acc);
         if (which >= 0) partial[team][which] = acc[0];
         barrier();
@@ -208,34 +211,32 @@ template <class F> constexpr int unit_bytes(typename F::IsFloat* = nullptr) { re
 // they suffice; of many columns whose products are normed there is one block anyway.
 template <class W> constexpr int resident(int columns, bool norm) {
     if (columns > 2) return norm ? 1 : 2;
-    return norm ? 2 : columns == 1 && unit_bytes<W>() > 32 && unit_bytes<W>() <= 40 ? 5 : 4;
+    return norm ? 1 : columns == 1 && unit_bytes<W>() > 32 && unit_bytes<W>() <= 40 ? 5 : 4;
 }
-#define HQ_MAT_VEC_KERNEL(W, columns, norm)                                                                            \
-    HQ_RESIDENT_KERNEL(32 * teams_of(columns, norm), resident<W>(columns, norm))
-#define HQ_ENTRY(suffix, multiply, W, columns)                                                                         \
-    HQ_MAT_VEC_KERNEL(W, columns, false)                                                                               \
-    mul_mat_vec_planes_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps,             \
-        int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst,  \
-        int epilogue, void* q, int n_padded_q, uint16_t* k_cache, uint16_t* v_cache, const float* rope,                    \
-        const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context) {     \
-        multiply<W, columns, false>(                                                                                   \
-            {x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                                 \
-            {epilogue, bias, dst, first, nrows_dst, nullptr, nullptr, (uint8_t*)q, nullptr, n_padded_q, k_cache, v_cache,  \
-                rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context});                                 \
-    }                                                                                                                  \
-    HQ_MAT_VEC_KERNEL(W, columns, true)                                                                                \
-    mul_mat_vec_norm_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps, int ncols_x,  \
-        int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int nrows_dst, const float* weight,     \
-        float* normed, void* q, float* sums, int n_padded_q) {                                                         \
-        multiply<W, columns, true>(                                                                                    \
-            {x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                                                 \
-            {kAddAndNorm, bias, dst, 0, nrows_dst, weight, normed, (uint8_t*)q, sums, n_padded_q, nullptr, nullptr,    \
-                nullptr, nullptr, nullptr, 0, 0, 1, 0, 0});                                                            \
+#define HQ_MAT_VEC_KERNEL(W, columns, norm) HQ_RESIDENT_KERNEL(32 * teams_of(columns, norm), resident<W>(columns, norm))
+#define HQ_ENTRY(suffix, multiply, W, columns)                                                                        \
+    HQ_MAT_VEC_KERNEL(W, columns, false)                                                                              \
+    mul_mat_vec_planes_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps,            \
+        int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst, \
+        int epilogue, int rows_to_block, void* q, int n_padded_q, uint16_t* k_cache, uint16_t* v_cache,               \
+        const float* rope, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot,  \
+        int n_context) {                                                                                              \
+        multiply<W, columns, false>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                        \
+            {epilogue, bias, dst, first, nrows_dst, nullptr, nullptr, (uint8_t*)q, nullptr, n_padded_q, k_cache,      \
+                v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context, rows_to_block / 2});    \
+    }                                                                                                                 \
+    HQ_MAT_VEC_KERNEL(W, columns, true)                                                                               \
+    mul_mat_vec_norm_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps, int ncols_x, \
+        int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int nrows_dst, const float* weight,    \
+        float* normed, void* q, float* sums, int n_padded_q) {                                                        \
+        multiply<W, columns, true>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                         \
+            {kAddAndNorm, bias, dst, 0, nrows_dst, weight, normed, (uint8_t*)q, sums, n_padded_q, nullptr, nullptr,   \
+                nullptr, nullptr, nullptr, 0, 0, 1, 0, 0, kUnitHalf / 2});                                            \
     }
-#define HQ_ENTRIES(suffix, multiply, W)                                                                                \
-    HQ_ENTRY(suffix, multiply, W, 1)                                                                                   \
-    HQ_ENTRY(suffix, multiply, W, 2)                                                                                   \
-    HQ_ENTRY(suffix, multiply, W, 4)                                                                                   \
+#define HQ_ENTRIES(suffix, multiply, W) \
+    HQ_ENTRY(suffix, multiply, W, 1)    \
+    HQ_ENTRY(suffix, multiply, W, 2)    \
+    HQ_ENTRY(suffix, multiply, W, 4)    \
     HQ_ENTRY(suffix, multiply, W, 8)
 #define HQ_QUANTIZED(suffix, Q) HQ_ENTRIES(suffix, mul_quantized, Q)
 HQ_PLANES(HQ_QUANTIZED)

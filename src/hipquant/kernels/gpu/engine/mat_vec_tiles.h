@@ -47,17 +47,15 @@ template <class Q> struct TileProduct {
         }
     }
     // Units of the step, whose activations are 0 behind the last one; the next ones are loaded.
-    HQ_MEMBER void multiply(
-        float (*acc)[4], const uint8_t* column, float scale, uint32_t y_units, uint32_t step, uint32_t next,
-        uint32_t end) {
+    HQ_MEMBER void multiply(float (*acc)[4], const uint8_t* column, float scale, uint32_t y_units, uint32_t step,
+        uint32_t next, uint32_t end) {
         const ActivationUnit y = load_activations(column, y_units, unit(step));
 #pragma unroll
         for (int g = 0; g < 4; g++) {
             const float d = y.d(g / 2) * scale;
             uint32_t b[4][2];
             for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 2; j++)
-                    b[i][j] = fma_halves(int8_to_halves(y.q[g].w[i], j), pack_halves(d, d), 0);
+                for (int j = 0; j < 2; j++) b[i][j] = fma_halves(int8_to_halves(y.q[g].w[i], j), pack_halves(d, d), 0);
 #pragma unroll
             for (int m = 0; m < 2; m++) {
                 const auto &low = ahead[2 * m], &high = ahead[2 * m + 1];
@@ -77,16 +75,17 @@ template <class Q> struct TileProduct {
     }
 };
 
-// kColumns is there for each kernel to have shared memory of its own. Inputs that are yet to be normed are multiplied by
-// 1 / rms first: a residual stream may be greater than halves are. Others become infinite from 4e6 on.
-template <class Q, int kColumns, bool kNorm> HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Epilogue& epilogue) {
+// kColumns is there for each kernel to have shared memory of its own. Inputs that are yet to be normed are multiplied
+// by 1 / rms first: a residual stream may be greater than halves are. Others become infinite from 4e6 on.
+template <class Q, int kColumns, bool kNorm>
+HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Epilogue& epilogue) {
     HQ_SHARED float partial[kTileTeams][kTileRows * kTileColumns];
     HQ_SHARED BlockResults<kTileTeams, kTileColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, steps = (units + 3) / 4;
     const int team = thread_y(), lane = thread_x(), thread = team * 32 + lane, pairs = (p.nrows + 1) / 2;
     const int kind = kNorm ? kAddAndNorm : epilogue.kind == kGate ? kGate : kStore;  // as far as rows go
-    const int to_block = pairs_to_block(kind, kTileRows / 2), begin = (int)block_x() * to_block;
+    const int to_block = epilogue.pairs_to_block, begin = (int)block_x() * to_block;
     TileProduct<Q> product;
     product.begin_rows(p, units, kind, begin, 0);
     EpilogueThread<kTileTeams, kTileColumns, kNorm> behind{p, epilogue, 0, p.columns, begin, to_block, 0, {}, {}, 0, 0};
