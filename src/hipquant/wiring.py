@@ -247,15 +247,17 @@ def _cpu_engine() -> Iterator[Kernel]:
     yield kernel(
         "rope_store_kv",
         "rope",
-        "float* q, const float* k, const float* v, uint16_t* k_cache, uint16_t* v_cache, const float* rope,"
-        " const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context",
+        "float* q, float* k, const float* v, uint16_t* k_cache, uint16_t* v_cache, const float* rope,"
+        " const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context,"
+        " const float* q_norm, const float* k_norm, float eps",
         lambda ntokens: (ntokens, 1, 1),
     )
     yield kernel(
         "attention_f16",
         "attention",
         "const float* q, const uint16_t* k_cache, const uint16_t* v_cache, float* dst, const int* position,"
-        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, float scale",
+        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, float scale, float softcap,"
+        " int window, const float* sinks",
         lambda n_head_kv, ntokens: (n_head_kv, ntokens, 1),
     )
     yield kernel(
@@ -286,8 +288,10 @@ def _gpu_engine() -> Iterator[Kernel]:
     each. The KV cache is halves [slot][head][n_context][head_dim]. Attention is *split* over the positions of a
     sequence: a part of `partial` [token][head][split] holds the sum of values, weighted, its greatest score, and the
     sum of weights. Tokens of `attention_prefill_f16` are of one sequence, that of the first one, at consecutive
-    positions. `counters` are 0 between launches. `mul_mat_vec_*` of 4 columns and more take quantized weights times at
-    most so many columns, whose `n_padded` is a multiple of 256; float ones take any number.
+    positions. A token sees `window` positions up to its own (0: all), scores are soft-capped where there is a cap, and
+    `sinks` [n_head] are scores without values. `counters` are 0 between launches. `mul_mat_vec_*` of 4 columns and more
+    take quantized weights times at most so many columns, whose `n_padded` is a multiple of 256; float ones take any
+    number.
     """
 
     def kernel(
@@ -305,15 +309,16 @@ def _gpu_engine() -> Iterator[Kernel]:
     yield kernel(
         "rope_store_kv_f16",
         "float* qkv, uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position, const int* slot,"
-        " int n_head, int n_head_kv, int head_dim, int n_rot, int n_context",
-        (64, 4, 1),
+        " int n_head, int n_head_kv, int head_dim, int n_rot, int n_context, const float* q_norm, const float* k_norm,"
+        " float eps",
+        (32, 4, 1),
         lambda n_head, n_head_kv, ntokens: (_ceil(n_head + 2 * n_head_kv, 4), ntokens, 1),
     )
     yield kernel(
         "attention_decode_f16",
         "const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial, float* y, void* q,"
         " int* counters, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_context,"
-        " int splits, int n_padded, float scale",
+        " int splits, int n_padded, float scale, float softcap, int window, const float* sinks",
         (128, 1, 1),
         lambda n_head_kv, splits, ntokens: (n_head_kv * splits, ntokens, 1),
     )
@@ -321,7 +326,7 @@ def _gpu_engine() -> Iterator[Kernel]:
         "attention_prefill_f16",
         "const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y, const int* position,"
         " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, int n_padded,"
-        " float scale",
+        " float scale, float softcap, int window, const float* sinks",
         (128, 1, 1),
         lambda n_head, n_head_kv, ntokens: (n_head_kv, _ceil(ntokens * (n_head // n_head_kv), 64), 1),
     )

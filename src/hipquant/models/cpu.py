@@ -162,9 +162,10 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         heads = (s.n_head, s.n_head_kv, s.head_dim)
         tokens = (self.positions, self.slots)
         self.kernels(rope, rope.grid(ntokens=n), self.q, self.k, self.v, *where, self.table, *tokens, *heads,
-                     s.rope.n_rot, self.n_context)  # fmt: skip
+                     s.rope.n_rot, self.n_context, layer.q_norm, layer.k_norm, s.eps)  # fmt: skip
         self.kernels(attention, attention.grid(n_head_kv=s.n_head_kv, ntokens=n), self.q, *where,
-                     self.attended.floats, *tokens, *heads, self.n_context, s.head_dim**-0.5)  # fmt: skip
+                     self.attended.floats, *tokens, *heads, self.n_context, s.score_scale, s.attn_softcap,
+                     layer.window, layer.sinks)  # fmt: skip
         _multiply(layer.attn_output, self.attended, n, self.branch)
 
     def feed_forward(self, layer: Layer[tuple[Linear, ...]], n: int) -> None:

@@ -170,40 +170,47 @@ class GpuBlocks(Blocks[Products]):
         cache = self.keys.view(i * each, each), self.values.view(i * each, each)
         heads, tokens = (s.n_head, s.n_head_kv, s.head_dim), self._tokens
         into = layer.attn_output.wants(self.attended)
-        if n <= MAX_CAPTURED:
-            rope = *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context
+        rope = *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context
+        if n <= MAX_CAPTURED and layer.q_norm is None and layer.k_norm is None:
             layer.qkv.few(self.normed, self.qkv, n, epilogue=Epilogue(EpilogueKind.ROPE_AND_STORE, rope=rope))
-            self._attend_few(cache, n, into)
         else:
-            layer.qkv.many(self.normed, self.qkv, n)
+            (layer.qkv.few if n <= MAX_CAPTURED else layer.qkv.many)(self.normed, self.qkv, n)
             kernel = wiring.kernel("rope_store_kv_f16")
             grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
-            self.kernels(kernel, grid, self.qkv, *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context)
-            self._attend_many(cache, n, into)
+            self.kernels(kernel, grid, self.qkv, *rope, layer.q_norm, layer.k_norm, s.eps)
+        (self._attend_few if n <= MAX_CAPTURED else self._attend_many)(layer, cache, n, into)
         self._set_branch(layer.attn_output, self.attended, n)
 
-    def _attend_few(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
+    def _attend_few(
+        self, layer: Layer[Products], cache: tuple[Buffer, ...], n: int, into: tuple[Buffer | None, Buffer | None]
+    ) -> None:
         """Few tokens, of any sequences."""
         s, y, kernel = self.sizes, self.attended, wiring.kernel("attention_decode_f16")
         (floats, planes), splits = into, self._splits(s, n)
         apart = s.n_head // s.n_head_kv * s.head_dim % 32 != 0  # blocks of activations straddle heads of keys
         to = (y.floats, None) if apart else (floats, planes)
-        heads, scale = (s.n_head, s.n_head_kv, s.head_dim), s.head_dim**-0.5
+        heads = (s.n_head, s.n_head_kv, s.head_dim)
         grid = kernel.grid(n_head_kv=s.n_head_kv, splits=splits, ntokens=n)
         self.kernels(kernel, grid, self.qkv, *cache, self.partial, *to, self.counters, *self._tokens, *heads,
-                     self.n_context, splits, y.n_padded, scale)  # fmt: skip
+                     self.n_context, splits, y.n_padded, *self._scores(layer))  # fmt: skip
         if apart and planes is not None:
             self._quantize(y, n)
 
-    def _attend_many(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
+    def _attend_many(
+        self, layer: Layer[Products], cache: tuple[Buffer, ...], n: int, into: tuple[Buffer | None, Buffer | None]
+    ) -> None:
         """Tokens that follow each other in one sequence."""
         s, y, kernel = self.sizes, self.attended, wiring.kernel("attention_prefill_f16")
-        heads, scale = (s.n_head, s.n_head_kv, s.head_dim), s.head_dim**-0.5
+        heads = (s.n_head, s.n_head_kv, s.head_dim)
         grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
         self.kernels(kernel, grid, self.qkv, *cache, y.floats, *self._tokens, *heads, self.n_context, n,
-                     y.n_padded, scale)  # fmt: skip
+                     y.n_padded, *self._scores(layer))  # fmt: skip
         if into[1] is not None:
             self._quantize(y, n)
+
+    def _scores(self, layer: Layer[Products]) -> tuple[object, ...]:
+        """What becomes of scores: the last arguments of attention."""
+        return self.sizes.score_scale, self.sizes.attn_softcap, layer.window, layer.sinks
 
     @property
     def _tokens(self) -> tuple[Buffer, Buffer]:

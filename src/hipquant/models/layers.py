@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -52,6 +52,12 @@ class Sizes:
     n_vocab: int
     eps: float
     rope: Rope
+    attn_scale: float = field(default=0, kw_only=True)  # of scores; 0: head_dim^-0.5
+    attn_softcap: float = field(default=0, kw_only=True)  # a score becomes cap tanh(score / cap); 0: as it is
+
+    @property
+    def score_scale(self) -> float:
+        return self.attn_scale or self.head_dim**-0.5
 
 
 class Matrix(NamedTuple):
@@ -75,6 +81,10 @@ class Layer(Generic[L]):
     ffn_norm: Buffer
     gate_up: L
     down: L
+    window: int = 0  # positions that a token sees, up to its own; 0: all
+    q_norm: Buffer | None = None  # weights [head_dim] of the norm of each query, and of each key
+    k_norm: Buffer | None = None
+    sinks: Buffer | None = None  # [n_head]: scores without values, which take their share of the weights
 
 
 class Blocks(ABC, Generic[L]):
