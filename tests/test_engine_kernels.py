@@ -16,6 +16,7 @@ from emulator import Emulator
 from hipquant.quants import padded
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.simulate import Simulator
+from kv_cache import Cache, decoded, quantized
 from planes import QK, UNIT, UNIT_BYTES, Bytes, Floats, Wide, check_planes, launch
 
 Halves = npt.NDArray[np.uint16]
@@ -198,20 +199,64 @@ def test_rope(
     np.testing.assert_array_equal(v_cache, cache[1])
 
 
+@pytest.mark.parametrize(
+    ("n_head", "n_head_kv", "head_dim", "n_rot"), [(4, 2, 64, 64), (3, 1, 128, 32), (2, 2, 96, 96), (5, 1, 256, 256)]
+)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_into_a_quantized_cache(
+    simulator: Simulator | Emulator,
+    rng: np.random.Generator,
+    n_head: int,
+    n_head_kv: int,
+    head_dim: int,
+    n_rot: int,
+    normed: bool,
+) -> None:
+    """The same as in a cache of halves, quantized, and nowhere else is anything written; NaN stays in its block."""
+    n_context, slots, heads = 6, 3, n_head + 2 * n_head_kv
+    position, slot = np.array([0, 5, 3], np.int32), np.array([2, 0, 1], np.int32)
+    qkv, rope = normal(rng, 3, heads, head_dim), normal(rng, n_context, n_rot)
+    qkv[1, n_head, 3], qkv[2, n_head, :32] = np.nan, 0
+    norms = (1 + normal(rng, 2, head_dim) / 4) if normed else (NULL, NULL)
+    where = rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context, *norms, 1e-5
+    sizes, shape = {"n_head": n_head, "n_head_kv": n_head_kv, "ntokens": 3}, (slots, n_head_kv, n_context)
+    plain, found = qkv.copy(), qkv.copy()
+    of_halves = np.zeros((2, *shape, head_dim), np.uint16)
+    quants, scales = np.full((2, *shape, head_dim), 85, np.int8), np.full((2, *shape, head_dim // 32), 85, np.uint16)
+    launch(simulator, "rope_store_kv_f16", sizes, plain, *of_halves, *where)
+    launch(simulator, "rope_store_kv_q8_0", sizes, found, *quants, *scales, *where)
+    np.testing.assert_array_equal(found, plain)
+    for t in range(3):
+        there = slice(None), slot[t], slice(None), position[t]
+        values = wide(of_halves[there])
+        for part, kept in zip(decoded(quants[there], scales[there]), values, strict=True):
+            blocks, wanted = part.reshape(-1, 32), kept.reshape(-1, 32)
+            bad = np.isnan(wanted).any(-1)
+            assert np.isnan(blocks[bad]).all()
+            step = np.abs(wanted[~bad]).max(-1, keepdims=True) / 127
+            assert (np.abs(blocks[~bad] - wanted[~bad]) <= step * 0.51 + 2e-3 * np.abs(wanted[~bad])).all()
+        exact = quantized(qkv[t, n_head + n_head_kv :])
+        np.testing.assert_array_equal(quants[there][1], exact[0])
+        np.testing.assert_array_equal(scales[there][1], exact[1])
+        quants[there], scales[there] = 85, 85
+    assert (quants == 85).all()
+    assert (scales == 85).all()
+
+
 # Attention
 
 
 def attention(
-    queries: Floats, keys: Halves, values: Halves, begin: int, end: int, scale: float, softcap: float = 0
+    queries: Floats, keys: Wide, values: Wide, begin: int, end: int, scale: float, softcap: float
 ) -> tuple[Wide, float, float]:
     """Over positions begin to end of one head: sum of weighted values, greatest score, sum of weights."""
     if begin >= end:
         return np.zeros(len(queries)), -np.inf, 0.0
-    scores = wide(keys[begin:end]) @ queries.astype(np.float64) * scale
+    scores = keys[begin:end] @ queries.astype(np.float64) * scale
     if softcap:
         scores = softcap * np.tanh(scores / softcap)
     weights = np.exp(scores - scores.max())
-    return weights @ wide(values[begin:end]), float(scores.max()), float(weights.sum())
+    return weights @ values[begin:end], float(scores.max()), float(weights.sum())
 
 
 ATTENTION = [
@@ -250,12 +295,14 @@ class Decode:
         for slot, at in zip(self.slot, positions, strict=True):
             self.cache[:, slot, :, : at + 1] = halves(normal(rng, 2, n_head_kv, at + 1, head_dim))
         self.partial = poison(self.ntokens, n_head, splits, head_dim + 2)
-        self.softcap, self.window = 0.0, 0
+        self.softcap, self.window, self.cache_type = 0.0, 0, "f16"
         self.sinks: Floats | int = NULL
 
     def hide(self, window: int) -> None:
         """A window, in front of which the cache is NaN."""
         self.window = window
+        if not window:
+            return
         for slot, at in zip(self.slot, self.positions, strict=True):
             self.cache[:, slot, :, : max(0, at + 1 - window)] = 0x7E00
 
@@ -266,15 +313,18 @@ class Decode:
         n_head, n_head_kv, head_dim = self.sizes
         position, counters = np.array(self.positions, np.int32), np.zeros((self.ntokens, n_head_kv), np.int32)
         sizes = {"n_head_kv": n_head_kv, "splits": self.splits, "ntokens": self.ntokens}
-        arrays = self.qkv, self.cache[0], self.cache[1], self.partial, y, q, counters, position, self.slot
+        cache = Cache(self.cache, self.cache_type)
+        self.wide = cache.wide
+        self.partial[...] = np.nan
+        arrays = self.qkv, *cache.arrays, self.partial, y, q, counters, position, self.slot
         numbers = n_head, n_head_kv, head_dim, self.n_context, self.splits, n_padded, self.scale
         scores = self.softcap, self.window, self.sinks
-        launch(simulator, "attention_decode_f16", sizes, *arrays, *numbers, *scores)
+        launch(simulator, f"attention_decode_{self.cache_type}", sizes, *arrays, *numbers, *scores)
         assert not counters.any()
 
     def share(self, token: int, head: int, begin: int, end: int) -> tuple[Wide, float, float]:
         """What `attention` gives for a head and a share of its positions."""
-        keys, values = self.cache[:, self.slot[token], head // (self.sizes[0] // self.sizes[1])]
+        keys, values = self.wide[:, self.slot[token], head // (self.sizes[0] // self.sizes[1])]
         return attention(self.qkv[token, head], keys, values, begin, end, self.scale, self.softcap)
 
     def expected(self) -> Wide:
@@ -313,6 +363,7 @@ def test_attention(
     """The parts, and what becomes of them, against the softmax of their shares and of all positions."""
     decode, n = Decode(rng, head_dim, n_head, n_head_kv, splits, positions), n_head * head_dim
     if head_dim * (n_head // n_head_kv) % QK == 0:
+        decode.wide = wide(decode.cache)
         check_outputs(lambda *to: decode.run(simulator, *to), len(positions), n, decode.expected())
     else:
         for n_padded in (n, padded(n)):
@@ -321,6 +372,30 @@ def test_attention(
             assert_close(y[:, :n], decode.expected())
             assert not y[:, n:].any()
     decode.check_parts()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "n_head", "n_head_kv", "splits", "positions"),
+    [(64, 6, 2, 2, [0, 31, 33]), (128, 8, 1, 3, [500, 33]), (96, 2, 2, 1, [70]), (256, 5, 1, 2, [33, 90])],
+)
+def test_attention_of_a_quantized_cache(
+    simulator: Simulator | Emulator,
+    rng: np.random.Generator,
+    head_dim: int,
+    n_head: int,
+    n_head_kv: int,
+    splits: int,
+    positions: list[int],
+) -> None:
+    decode, n = Decode(rng, head_dim, n_head, n_head_kv, splits, positions), n_head * head_dim
+    decode.cache_type = "q8_0"
+    for window, softcap in ((0, 0.0), (29, 2.0)):
+        decode.softcap = softcap
+        decode.hide(window)
+        y = poison(len(positions), n)
+        decode.run(simulator, y, NULL, n)
+        assert_close(y, decode.expected())
+        decode.check_parts()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 10])

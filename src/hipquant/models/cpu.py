@@ -120,6 +120,8 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         self, weights: CpuWeights, sizes: Sizes, embedding: str, output: str, sequences: int, context: int
     ) -> None:
         s, device = sizes, weights.device
+        if s.cache_type != "f16":
+            raise ValueError(f"the KV cache of the CPU is f16, not {s.cache_type}: leave it so, or use a GPU")
         super().__init__(weights, s, embedding, CHUNK, sequences, context)
         self.embedding = weights.embedding(embedding, s.n_vocab, s.n_embd)
         (self.unembedding,) = weights.products(s.n_embd, Matrix(output, s.n_vocab))

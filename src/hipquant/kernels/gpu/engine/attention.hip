@@ -91,6 +91,7 @@ HQ_INLINE void attend(const Share<Rows>& share, int heads, GroupSums* found, int
                 score[h][s] = group_sum<kLanes>(product);
             }
         }
+        keep_order();  // values are loaded before, and are on their way meanwhile
         if (share.cap != 0)
 #pragma unroll
             for (int h = 0; h < kHeads; h++)
@@ -306,4 +307,19 @@ attention_decode_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* 
     const Decode decode{qkv, partial, y, (uint8_t*)q, counters, position, slot, n_head, n_head_kv, head_dim, n_context,
         splits, n_padded, scale, softcap, window, sinks};
     attend_token(decode, HalfRows{(uint16_t*)k_cache}, HalfRows{(uint16_t*)v_cache}, memory, &last);
+}
+
+HQ_RESIDENT_KERNEL(128, 3)
+attention_decode_q8_0(const float* qkv, const int8_t* k_cache, const int8_t* v_cache, const uint16_t* k_scales,
+    const uint16_t* v_scales, float* partial, float* y, void* q, int* counters, const int* position, const int* slot,
+    int n_head, int n_head_kv, int head_dim, int n_context, int splits, int n_padded, float scale, float softcap,
+    int window, const float* sinks) {
+    HQ_SHARED int last;
+    HQ_SHARED AttentionMemory memory;
+    let_next_begin();
+    wait_for_inputs();
+    const Decode decode{qkv, partial, y, (uint8_t*)q, counters, position, slot, n_head, n_head_kv, head_dim, n_context,
+        splits, n_padded, scale, softcap, window, sinks};
+    const Q8Rows keys{(int8_t*)k_cache, (uint16_t*)k_scales}, values{(int8_t*)v_cache, (uint16_t*)v_scales};
+    attend_token(decode, keys, values, memory, &last);
 }

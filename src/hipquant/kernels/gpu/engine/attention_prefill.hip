@@ -329,3 +329,16 @@ attention_prefill_f16(const float* qkv, const uint16_t* k_cache, const uint16_t*
         softcap, window, sinks};
     attend_pass(pass, HalfRows{(uint16_t*)k_cache}, HalfRows{(uint16_t*)v_cache}, tile);
 }
+
+HQ_RESIDENT_KERNEL(128, 2)
+attention_prefill_q8_0(const float* qkv, const int8_t* k_cache, const int8_t* v_cache, const uint16_t* k_scales,
+    const uint16_t* v_scales, float* y, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim,
+    int n_context, int ntokens, int n_padded, float scale, float softcap, int window, const float* sinks) {
+    HQ_SHARED PrefillTile tile;
+    let_next_begin();
+    wait_for_inputs();
+    const PrefillPass pass{qkv, y, position, slot, n_head, n_head_kv, head_dim, n_context, ntokens, n_padded, scale,
+        softcap, window, sinks};
+    const Q8Rows keys{(int8_t*)k_cache, (uint16_t*)k_scales}, values{(int8_t*)v_cache, (uint16_t*)v_scales};
+    attend_pass(pass, keys, values, tile);
+}

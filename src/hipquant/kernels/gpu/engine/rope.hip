@@ -86,3 +86,11 @@ rope_store_kv_f16(float* qkv, uint16_t* k_cache, uint16_t* v_cache, const float*
     const RopePass pass{qkv, rope, q_norm, k_norm, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context, eps};
     rotate_and_store(pass, HalfRows{k_cache}, HalfRows{v_cache});
 }
+
+HQ_KERNEL(128)
+rope_store_kv_q8_0(float* qkv, int8_t* k_cache, int8_t* v_cache, uint16_t* k_scales, uint16_t* v_scales,
+    const float* rope, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot,
+    int n_context, const float* q_norm, const float* k_norm, float eps) {
+    const RopePass pass{qkv, rope, q_norm, k_norm, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context, eps};
+    rotate_and_store(pass, Q8Rows{k_cache, k_scales}, Q8Rows{v_cache, v_scales});
+}
