@@ -75,6 +75,11 @@ class LlamaReference:
         self.head_dim = self._key("attention.key_length", self.n_embd // self.n_head)
         self.eps = np.float32(self._key("attention.layer_norm_rms_epsilon"))
         self.output = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
+        # What a llama does not have; tests may set it.
+        self.scale, self.softcap, self.window = self.head_dim**-0.5, 0.0, 0
+        self.q_norm: F32Array | None = None
+        self.k_norm: F32Array | None = None
+        self.sinks: F32Array | None = None
         for key in ("attention.value_length", "rope.dimension_count"):
             if self._key(key, self.head_dim) != self.head_dim:
                 raise NotImplementedError(f"{key} differs from the head's dimension")
@@ -108,15 +113,23 @@ class LlamaReference:
     def _attention(self, layer: int, x: F32Array, cos: F32Array, sin: F32Array) -> F32Array:
         """Causal attention of groups of n_head / n_kv query heads to one key and value head each."""
         n, d, group = len(x), self.head_dim, self.n_head // self.n_kv
-        q = rotate(self._linear(layer, "attn_q", x).reshape(n, self.n_head, d), cos, sin)
-        k = rotate(self._linear(layer, "attn_k", x).reshape(n, self.n_kv, d), cos, sin)
+        q = rotate(self._norm_heads(self._linear(layer, "attn_q", x).reshape(n, self.n_head, d), self.q_norm), cos, sin)
+        k = rotate(self._norm_heads(self._linear(layer, "attn_k", x).reshape(n, self.n_kv, d), self.k_norm), cos, sin)
         v = self._linear(layer, "attn_v", x).reshape(n, self.n_kv, d)
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-        scores = np.einsum("ihd,jhd->hij", q, k) / np.float32(np.sqrt(d))
-        scores = np.where(np.tri(n, dtype=bool), scores, np.float32(-np.inf))
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
+        scores = np.einsum("ihd,jhd->hij", q, k) * np.float32(self.scale)
+        if self.softcap:
+            scores = self.softcap * np.tanh(scores / self.softcap)
+        seen = np.tri(n, dtype=bool) & ~np.tri(n, k=-(self.window or n), dtype=bool)
+        scores = np.where(seen, scores, np.float32(-np.inf))
+        top = scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores - top)
+        sinks = 0 if self.sinks is None else np.exp(self.sinks[:, None, None] - top)
+        weights /= weights.sum(axis=-1, keepdims=True) + sinks
         return self._linear(layer, "attn_output", np.einsum("hij,jhd->ihd", weights, v).reshape(n, -1))
+
+    def _norm_heads(self, x: F32Array, weight: F32Array | None) -> F32Array:
+        return x if weight is None else x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.eps) * weight
 
     def rotations(self, positions: npt.NDArray[np.integer[Any]]) -> tuple[F32Array, F32Array]:
         """Cosines and sines, float32 [n, head_dim / 2] each, of the rotation of every pair at every position.

@@ -163,9 +163,10 @@ def test_what_a_transformer_needs_beside(at_end: bool, cpu: Device) -> None:
         )
         rope, attention = wiring.kernel("rope_store_kv"), wiring.kernel("attention_f16")
         table = floats(context * dim)
-        launch(cpu, rope, rope.grid(ntokens=tokens), q, k, v, *cache, table, *where, n_head, n_kv, dim, dim, context)
+        launch(cpu, rope, rope.grid(ntokens=tokens), q, k, v, *cache, table, *where, n_head, n_kv, dim, dim, context,
+               floats(dim), floats(dim), 1e-5)  # fmt: skip
         grid = attention.grid(n_head_kv=n_kv, ntokens=tokens)
-        launch(cpu, attention, grid, q, *cache, out, *where, n_head, n_kv, dim, context, 0.2)
+        launch(cpu, attention, grid, q, *cache, out, *where, n_head, n_kv, dim, context, 0.2, 5.0, 20, floats(n_head))
         norm, silu = wiring.kernel("add_rms_norm_f32"), wiring.kernel("silu_mul_f32")
         for n in (1, 7, 40, 300):
             launch(cpu, norm, norm.grid(rows=2), floats(2 * n), floats(2 * n), floats(n), floats(2 * n), n, 1e-5)

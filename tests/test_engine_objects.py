@@ -24,7 +24,7 @@ from hipquant.toolchain.facts import ptx_facts
 from hipquant.toolchain.gpu import engine_objects
 from hipquant.toolchain.inspect import inspect
 from hipquant.toolchain.verify import SIZES, check, is_engine, summary
-from hipquant.wiring import COMPATIBILITY, GPU_ENGINE, Kind
+from hipquant.wiring import CACHE_TYPES, COMPATIBILITY, GPU_ENGINE, Kind
 
 LDS = 48 << 10  # bytes that every GPU gives a block
 NAMES = {k.name for k in GPU_ENGINE}
@@ -50,10 +50,13 @@ def test_the_cpu_has_one_object_for_both(cpu: Device) -> None:
         cpu.get_or_load_func("add_rms_norm_q8", ENGINE)
 
 
+CDNA = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx9-4-generic")
+
+
 def may_spill_sgprs(target: GpuTarget, name: str) -> bool:
-    """Attention holds more kernel arguments across its loop than fit in SGPRs there. The compiler keeps some in lanes
-    of VGPRs, from which one instruction brings them back: that takes no memory."""
-    return name in ("attention_decode_f16", "attention_prefill_f16") and target.name.startswith(("gfx9", "gfx12"))
+    """Attention holds more scalars across its loop than CDNA has SGPRs for, where a mask of a wave takes two. The
+    compiler keeps some in lanes of VGPRs, from which one instruction brings them back: that takes no memory."""
+    return name.startswith(("attention_decode_", "attention_prefill_")) and target.name in CDNA
 
 
 @pytest.mark.parametrize("target", GPU_TARGETS, ids=lambda t: t.name)
@@ -91,15 +94,15 @@ def test_every_kernel_on_every_target(target: GpuTarget) -> None:
 
 def has_matrix_units(target: GpuTarget) -> bool:
     """Whether it multiplies matrices of halves."""
-    of_cdna = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx9-4-generic")
-    return target.vendor == "nvidia" or target.name.startswith(("gfx11", "gfx12")) or target.name in of_cdna
+    return target.vendor == "nvidia" or target.name.startswith(("gfx11", "gfx12")) or target.name in CDNA
 
 
 @pytest.mark.parametrize("target", GPU_TARGETS, ids=lambda t: t.name)
 def test_instructions_that_a_target_has(target: GpuTarget) -> None:
     """Attention of long passes multiplies matrices, products of quantized weights take int8 dot products."""
     facts = json.loads((ENGINE.folder / FACTS).read_text())[built(target).stem]["kernels"]
-    assert bool(facts["attention_prefill_f16"]["matrix"]) == has_matrix_units(target)
+    for cache_type in CACHE_TYPES:
+        assert bool(facts[f"attention_prefill_{cache_type}"]["matrix"]) == has_matrix_units(target)
     for row in GPU_ENGINE:
         if row.family in ("mul_mat_vec_planes", "mul_mat_vec_norm"):
             # On NVIDIA, matrix units multiply 4 columns and more.

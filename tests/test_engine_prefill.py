@@ -21,6 +21,7 @@ from hipquant.targets import GPU_TARGETS, GpuTarget
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.compile import FACTS
 from hipquant.toolchain.simulate import Simulator
+from kv_cache import Cache
 from reference import nmse
 
 Floats = npt.NDArray[np.float32]
@@ -81,27 +82,40 @@ class Pass:
         self.cache = np.full((2, 3, n_head_kv, self.n_context, head_dim), NAN, np.uint16)
         there = rng.standard_normal((2, n_head_kv, self.length, head_dim)).astype(np.float16)
         self.cache[:, 1, :, : self.length] = there.view(np.uint16)
+        self.softcap, self.window, self.cache_type = 0.0, 0, "f16"
+        self.sinks: Floats | int = 0
 
     def run(self, simulator: Simulator | Emulator) -> Floats:
         n_head, n_head_kv, head_dim = self.sizes
         y = np.full((self.n, self.n_padded), np.nan, np.float32)
         position = np.arange(self.offset, self.length, dtype=np.int32)
         slot = np.ones(self.n, np.int32)
-        grid = ROW.grid(n_head=n_head, n_head_kv=n_head_kv, ntokens=self.n)
+        row = wiring.kernel(f"attention_prefill_{self.cache_type}")
+        grid = row.grid(n_head=n_head, n_head_kv=n_head_kv, ntokens=self.n)
         numbers = n_head, n_head_kv, head_dim, self.n_context, self.n, self.n_padded, self.scale
-        simulator.launch(ROW, grid, (self.qkv, *self.cache, y, position, slot, *numbers))
+        numbers = *numbers, self.softcap, self.window, self.sinks  # type: ignore[assignment]
+        arrays = Cache(self.cache, self.cache_type).arrays
+        simulator.launch(row, grid, (self.qkv, *arrays, y, position, slot, *numbers))
         assert not y[:, n_head * head_dim :].any()
         return y[:, : n_head * head_dim].reshape(self.n, n_head, head_dim)
 
     def expected(self) -> Wide:
         n_head, n_head_kv, head_dim = self.sizes
-        keys, values = self.cache[:, 1, :, : self.length].view(np.float16).astype(np.float64)
+        keys, values = Cache(self.cache, self.cache_type).wide[:, 1, :, : self.length]
         queries = self.qkv[:, :n_head].astype(np.float64).reshape(self.n, n_head_kv, -1, head_dim)
         scores = np.einsum("tkgd,kpd->tkgp", queries, keys) * self.scale
-        seen = np.arange(self.length) <= np.arange(self.offset, self.length)[:, None]
+        if self.softcap:
+            scores = self.softcap * np.tanh(scores / self.softcap)
+        behind = np.arange(self.offset, self.length)[:, None] - np.arange(self.length)
+        seen = (behind >= 0) & (behind < (self.window or self.length))
         scores = np.where(seen[:, None, None], scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        sums = np.einsum("tkgp,kpd->tkgd", weights / weights.sum(-1, keepdims=True), values)
+        top = scores.max(-1, keepdims=True)
+        weights = np.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        if not isinstance(self.sinks, int):
+            total += np.exp(self.sinks.reshape(1, n_head_kv, -1, 1) - top)
+        values = np.where(seen.any(0)[:, None], values, 0)  # in front of all windows there is NaN
+        sums = np.einsum("tkgp,kpd->tkgd", weights / total, values)
         return sums.reshape(self.n, n_head, head_dim)
 
 
@@ -143,6 +157,62 @@ def test_passes(
     found, expected = a_pass.run(simulator), a_pass.expected()
     assert nmse(found, expected) <= LIMIT
     np.testing.assert_allclose(found, expected, atol=5e-3)  # of each token
+
+
+@pytest.mark.parametrize(
+    ("n", "offset", "head_dim", "n_head", "n_head_kv", "window"),
+    [
+        (9, 130, 128, 8, 1, 64),
+        (70, 37, 64, 2, 2, 20),
+        (65, 70, 96, 1, 1, 1),
+        (35, 100, 256, 2, 1, 33),
+        (23, 5, 50, 3, 1, 4),
+        (40, 90, 128, 3, 1, 100),
+    ],
+)
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_windows_caps_and_sinks(
+    simulator: Simulator | Emulator,
+    rng: np.random.Generator,
+    n: int,
+    offset: int,
+    head_dim: int,
+    n_head: int,
+    n_head_kv: int,
+    window: int,
+    softcap: float,
+    sinks: bool,
+) -> None:
+    """Positions before the first token's window are not read; a cap bends scores; sinks take a share of the weights."""
+    a_pass = Pass(rng, n, offset, head_dim, n_head, n_head_kv)
+    a_pass.window, a_pass.softcap = window, softcap
+    if sinks:
+        a_pass.sinks = np.linspace(-2, 4, n_head, dtype=np.float32)
+    expected = a_pass.expected()
+    a_pass.cache[:, 1, :, : max(0, offset + 1 - window)] = NAN
+    found = a_pass.run(simulator)
+    assert nmse(found, expected) <= LIMIT
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("n", "offset", "head_dim", "n_head", "n_head_kv"),
+    [(70, 37, 64, 2, 2), (20, 37, 128, 7, 1), (31, 0, 96, 1, 1), (35, 37, 256, 2, 1), (9, 70, 32, 3, 1)],
+)
+def test_a_quantized_cache(
+    simulator: Simulator | Emulator,
+    rng: np.random.Generator,
+    n: int,
+    offset: int,
+    head_dim: int,
+    n_head: int,
+    n_head_kv: int,
+) -> None:
+    a_pass = Pass(rng, n, offset, head_dim, n_head, n_head_kv)
+    a_pass.cache_type = "q8_0"
+    for a_pass.window, a_pass.softcap in ((0, 0.0), (29, 2.0)):
+        assert nmse(a_pass.run(simulator), a_pass.expected()) <= LIMIT
 
 
 def test_great_scores(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:

@@ -276,11 +276,12 @@ def test_attention_and_activation_hide_no_nan(cpu: Device) -> None:
     cache = [np.ones(dim * context, np.float16).view(np.uint16) for _ in range(2)]
     where = [np.array([n], np.int32) for n in (20, 0)]
     attention, silu = wiring.kernel("attention_f16"), wiring.kernel("silu_mul_f32")
-    kernels(attention, attention.grid(n_head_kv=1, ntokens=1), q, *cache, out, *where, 1, 1, dim, context, 0.25)
+    grid, numbers = attention.grid(n_head_kv=1, ntokens=1), (1, 1, dim, context, 0.25, 0.0, 0, None)
+    kernels(attention, grid, q, *cache, out, *where, *numbers)
     assert np.isnan(out).all()
     cache[0][3] = 0x7E00  # NaN as one value of the key at position 3
     whole = np.ones_like(q)
-    kernels(attention, attention.grid(n_head_kv=1, ntokens=1), whole, *cache, out, *where, 1, 1, dim, context, 0.25)
+    kernels(attention, grid, whole, *cache, out, *where, *numbers)
     assert np.isnan(out).all()
     kernels(silu, silu.grid(n=dim), q, np.ones(dim, np.float32), out, dim)
     assert np.isnan(out[0]).tolist() == np.isnan(q[0]).tolist()

@@ -35,6 +35,7 @@ GATED = 2  # the epilogue of mul_mat_vec_planes in which pairs of products are g
 PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are compiled for
 MAX_GRID_Y = 65535
 PACK_ROWS = 16  # rows that the engine's packed weights interleave
+CACHE_TYPES = ("f16", "q8_0")  # of the KV cache on a GPU
 
 
 class Kind(Enum):
@@ -247,15 +248,17 @@ def _cpu_engine() -> Iterator[Kernel]:
     yield kernel(
         "rope_store_kv",
         "rope",
-        "float* q, const float* k, const float* v, uint16_t* k_cache, uint16_t* v_cache, const float* rope,"
-        " const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context",
+        "float* q, float* k, const float* v, uint16_t* k_cache, uint16_t* v_cache, const float* rope,"
+        " const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot, int n_context,"
+        " const float* q_norm, const float* k_norm, float eps",
         lambda ntokens: (ntokens, 1, 1),
     )
     yield kernel(
         "attention_f16",
         "attention",
         "const float* q, const uint16_t* k_cache, const uint16_t* v_cache, float* dst, const int* position,"
-        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, float scale",
+        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, float scale, float softcap,"
+        " int window, const float* sinks",
         lambda n_head_kv, ntokens: (n_head_kv, ntokens, 1),
     )
     yield kernel(
@@ -283,11 +286,13 @@ def _gpu_engine() -> Iterator[Kernel]:
 
     Weights lie in *planes* (`kernels/gpu/planes.h`), and so do activations: `q` and `y` are columns of them, padded to
     `n_padded` values. A row of `qkv` holds n_head queries, then n_head_kv keys, then as many values, of head_dim floats
-    each. The KV cache is halves [slot][head][n_context][head_dim]. Attention is *split* over the positions of a
-    sequence: a part of `partial` [token][head][split] holds the sum of values, weighted, its greatest score, and the
-    sum of weights. Tokens of `attention_prefill_f16` are of one sequence, that of the first one, at consecutive
-    positions. `counters` are 0 between launches. `mul_mat_vec_*` of 4 columns and more take quantized weights times at
-    most so many columns, whose `n_padded` is a multiple of 256; float ones take any number.
+    each. The KV cache is halves [slot][head][n_context][head_dim]; or, as q8_0, int8 and, apart, their scales, a half
+    for 32 of them, of which head_dim is a multiple. Attention is *split* over the positions of a sequence: a part of
+    `partial` [token][head][split] holds the sum of values, weighted, its greatest score, and the sum of weights. Tokens
+    of `attention_prefill_*` are of one sequence, that of the first one, at consecutive positions. A token sees `window`
+    positions up to its own (0: all), scores are soft-capped where there is a cap, and `sinks` [n_head] are scores
+    without values. `counters` are 0 between launches. `mul_mat_vec_*` of 4 columns and more take quantized weights
+    times at most so many columns, whose `n_padded` is a multiple of 256; float ones take any number.
     """
 
     def kernel(
@@ -302,29 +307,35 @@ def _gpu_engine() -> Iterator[Kernel]:
         (1024, 1, 1),
         lambda rows: (rows, 1, 1),
     )
-    yield kernel(
-        "rope_store_kv_f16",
-        "float* qkv, uint16_t* k_cache, uint16_t* v_cache, const float* rope, const int* position, const int* slot,"
-        " int n_head, int n_head_kv, int head_dim, int n_rot, int n_context",
-        (64, 4, 1),
-        lambda n_head, n_head_kv, ntokens: (_ceil(n_head + 2 * n_head_kv, 4), ntokens, 1),
-    )
-    yield kernel(
-        "attention_decode_f16",
-        "const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial, float* y, void* q,"
-        " int* counters, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_context,"
-        " int splits, int n_padded, float scale",
-        (128, 1, 1),
-        lambda n_head_kv, splits, ntokens: (n_head_kv * splits, ntokens, 1),
-    )
-    yield kernel(
-        "attention_prefill_f16",
-        "const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y, const int* position,"
-        " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, int n_padded,"
-        " float scale",
-        (128, 1, 1),
-        lambda n_head, n_head_kv, ntokens: (n_head_kv, _ceil(ntokens * (n_head // n_head_kv), 64), 1),
-    )
+    for cache_type in CACHE_TYPES:
+        scales = ", uint16_t* k_scales, uint16_t* v_scales" if cache_type == "q8_0" else ""
+        values = "int8_t*" if scales else "uint16_t*"
+        written = f"{values} k_cache, {values} v_cache{scales}"
+        read = ", ".join(f"const {argument}" for argument in written.split(", "))
+        yield kernel(
+            f"rope_store_kv_{cache_type}",
+            f"float* qkv, {written}, const float* rope, const int* position, const int* slot, int n_head,"
+            " int n_head_kv, int head_dim, int n_rot, int n_context, const float* q_norm, const float* k_norm,"
+            " float eps",
+            (32, 4, 1),
+            lambda n_head, n_head_kv, ntokens: (_ceil(n_head + 2 * n_head_kv, 4), ntokens, 1),
+        )
+        yield kernel(
+            f"attention_decode_{cache_type}",
+            f"const float* qkv, {read}, float* partial, float* y, void* q, int* counters, const int* position,"
+            " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int splits, int n_padded,"
+            " float scale, float softcap, int window, const float* sinks",
+            (128, 1, 1),
+            lambda n_head_kv, splits, ntokens: (n_head_kv * splits, ntokens, 1),
+        )
+        yield kernel(
+            f"attention_prefill_{cache_type}",
+            f"const float* qkv, {read}, float* y, const int* position, const int* slot, int n_head, int n_head_kv,"
+            " int head_dim, int n_context, int ntokens, int n_padded, float scale, float softcap, int window,"
+            " const float* sinks",
+            (128, 1, 1),
+            lambda n_head, n_head_kv, ntokens: (n_head_kv, _ceil(ntokens * (n_head // n_head_kv), 64), 1),
+        )
     yield kernel(
         "silu_mul_q8",
         "const float* gate_up, float* y, void* q, int n, int n_padded",

@@ -74,6 +74,7 @@ def command(
     report: Path | None,
     device: str,
     threads: int | None,
+    cache_type: str,
     as_json: bool,
 ) -> None:
     """Measures MODEL, a GGUF file (default: the demo model), on random tokens.
@@ -84,7 +85,7 @@ def command(
     """
     if report is not None:
         _write(report, "")  # what cannot be written is said before anything is measured
-    loaded = open_model(model, device, threads, max(prompt, tokens + 1), max(batch, default=1))
+    loaded = open_model(model, device, threads, max(prompt, tokens + 1), max(batch, default=1), cache_type)
     bench = _Bench(loaded, prompt, tokens, repeat)
     bench.check()
     about = _about(loaded)

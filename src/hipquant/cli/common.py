@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..wiring import CACHE_TYPES
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -42,17 +44,31 @@ class TargetsCommand(click.Command):
 
 
 def device_options(function: F) -> F:
-    """--device and --threads."""
+    """--device, --threads and --cache-type."""
     threads = click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads of the CPU (default: cores).")
     device = click.option("--device", default="auto", show_default=True, help="As `hipquant devices` names them.")
-    return device(threads(function))
+    cache = click.option(
+        "--cache-type",
+        type=click.Choice(CACHE_TYPES),
+        default="f16",
+        show_default=True,
+        help="Of the KV cache on a GPU; q8_0 takes about half of the memory.",
+    )
+    return device(threads(cache(function)))
 
 
 def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")(function)
 
 
-def open_model(path: str | None, device: str, threads: int | None, context: int | None, sequences: int = 1) -> Model:
+def open_model(
+    path: str | None,
+    device: str,
+    threads: int | None,
+    context: int | None,
+    sequences: int = 1,
+    cache_type: str = "f16",
+) -> Model:
     """Loads a model, with a bar if that takes long. No path, or `demo` where there is no such file: the demo model."""
     from ..driver import device as get_device
     from ..models import load
@@ -63,7 +79,7 @@ def open_model(path: str | None, device: str, threads: int | None, context: int 
     if path == DEMO and not Path(path).exists():
         path = None
     with interruptible(), Bar("loading") as bar:
-        return load(path, on, context=context, sequences=sequences, progress=bar)
+        return load(path, on, context=context, sequences=sequences, cache_type=cache_type, progress=bar)
 
 
 @contextlib.contextmanager

@@ -72,7 +72,9 @@ def command(model: str | None, prompt: str | None, chat: bool | None, seed: int 
         raise click.ClickException("the prompt is empty: give a text with -p or on standard input")
     tolerate()
     begun = time.perf_counter()
-    loaded = open_model(model, options["device"], options["threads"], options["context"])
+    loaded = open_model(
+        model, options["device"], options["threads"], options["context"], cache_type=options["cache_type"]
+    )
     if prompt is None:
         from .chat import converse
 

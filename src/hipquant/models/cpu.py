@@ -120,6 +120,8 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         self, weights: CpuWeights, sizes: Sizes, embedding: str, output: str, sequences: int, context: int
     ) -> None:
         s, device = sizes, weights.device
+        if s.cache_type != "f16":
+            raise ValueError(f"the KV cache of the CPU is f16, not {s.cache_type}: leave it so, or use a GPU")
         super().__init__(weights, s, embedding, CHUNK, sequences, context)
         self.embedding = weights.embedding(embedding, s.n_vocab, s.n_embd)
         (self.unembedding,) = weights.products(s.n_embd, Matrix(output, s.n_vocab))
@@ -162,9 +164,10 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         heads = (s.n_head, s.n_head_kv, s.head_dim)
         tokens = (self.positions, self.slots)
         self.kernels(rope, rope.grid(ntokens=n), self.q, self.k, self.v, *where, self.table, *tokens, *heads,
-                     s.rope.n_rot, self.n_context)  # fmt: skip
+                     s.rope.n_rot, self.n_context, layer.q_norm, layer.k_norm, s.eps)  # fmt: skip
         self.kernels(attention, attention.grid(n_head_kv=s.n_head_kv, ntokens=n), self.q, *where,
-                     self.attended.floats, *tokens, *heads, self.n_context, s.head_dim**-0.5)  # fmt: skip
+                     self.attended.floats, *tokens, *heads, self.n_context, s.score_scale, s.attn_softcap,
+                     layer.window, layer.sinks)  # fmt: skip
         _multiply(layer.attn_output, self.attended, n, self.branch)
 
     def feed_forward(self, layer: Layer[tuple[Linear, ...]], n: int) -> None:

@@ -23,11 +23,13 @@ BLOCKS_TO_UNIT = 2  # attention blocks that there shall be for a compute unit in
 
 
 class GpuBlocks(Blocks[Products]):
-    """The blocks of a model on a GPU. The KV cache is halves [sequence][head][position][head_dim] for each layer.
+    """The blocks of a model on a GPU. The KV cache is [sequence][head][position][head_dim] for each layer: halves, or
+    int8 and their scales, which are apart.
 
     In a short pass a layer takes five launches where the types of its queries, keys and values, and of its gate and up
     matrices, agree: QKV with RoPE and the cache, attention, output with residual and norm, gate and up with SiLU, down
-    with residual and the next norm. A long pass takes ten.
+    with residual and the next norm. RoPE and the cache take another one where queries or keys are normed, or the cache
+    is not halves. A long pass takes ten.
     """
 
     device_sampling = True
@@ -38,6 +40,8 @@ class GpuBlocks(Blocks[Products]):
         s, device = sizes, weights.device
         if s.head_dim > MAX_HEAD_DIM or s.head_dim % 2:
             weights.file.fail(f"heads of {s.head_dim} values do not run on a GPU, only even ones up to {MAX_HEAD_DIM}")
+        if s.cache_type == "q8_0" and s.head_dim % 32:
+            raise ValueError(f"heads of {s.head_dim} values are not whole blocks of 32: the KV cache can be f16 alone")
         assert isinstance(device, gpu.Device)
         self.units = device.compute_units
         self._check_memory(weights, s, sequences, context)
@@ -48,7 +52,8 @@ class GpuBlocks(Blocks[Products]):
             name: device.allocate(nbytes, f"the KV cache and activations ({name})")
             for name, nbytes in self._parts(s, sequences, self.n_context).items()
         }
-        self.keys, self.values, self.table, self.logits = (parts[k] for k in ("keys", "values", "rope", "logits"))
+        self.cache = tuple(parts[name] for name in self._cache_parts(s, sequences, self.n_context))
+        self.table, self.logits = parts["rope"], parts["logits"]
         self.x, self.branch, self.qkv, self.gate_up = (parts[k] for k in ("x", "branch", "qkv", "gate_up"))
         self.partial, self.squares, self.counters = (parts[k] for k in ("partial", "squares", "counters"))
         self.normed, self.attended, self.gated = (
@@ -71,13 +76,19 @@ class GpuBlocks(Blocks[Products]):
     def _activations(s: Sizes) -> tuple[tuple[str, int], ...]:
         return ("normed", s.n_embd), ("attended", s.n_head * s.head_dim), ("gated", s.n_ff)
 
+    @staticmethod
+    def _cache_parts(s: Sizes, sequences: int, n_context: int) -> dict[str, int]:
+        """Bytes of the parts of the KV cache, in the order of the kernels' arguments."""
+        values = s.n_layer * sequences * s.n_head_kv * n_context * s.head_dim
+        if s.cache_type == "f16":
+            return {"keys": 2 * values, "values": 2 * values}
+        return {"keys": values, "values": values, "scales of keys": values // 16, "scales of values": values // 16}
+
     def _parts(self, s: Sizes, sequences: int, n_context: int) -> dict[str, int]:
         """The blocks' own memory: bytes of each part."""
-        cache = 2 * s.n_layer * sequences * s.n_head_kv * n_context * s.head_dim
         splits = max(n * self._splits(s, n) for n in range(1, MAX_CAPTURED + 1))
         parts = {
-            "keys": cache,
-            "values": cache,
+            **self._cache_parts(s, sequences, n_context),
             "rope": 4 * n_context * s.rope.n_rot,
             "x": 4 * CHUNK * s.n_embd,
             "branch": 4 * CHUNK * s.n_embd,
@@ -166,44 +177,54 @@ class GpuBlocks(Blocks[Products]):
     def attention(self, layer: Layer[Products], i: int, n: int) -> None:
         s = self.sizes
         self._norm(layer.attn_norm, n, layer.qkv)
-        each = self.keys.nbytes // s.n_layer
-        cache = self.keys.view(i * each, each), self.values.view(i * each, each)
+        each = [part.nbytes // s.n_layer for part in self.cache]
+        cache = tuple(part.view(i * nbytes, nbytes) for part, nbytes in zip(self.cache, each, strict=True))
         heads, tokens = (s.n_head, s.n_head_kv, s.head_dim), self._tokens
         into = layer.attn_output.wants(self.attended)
-        if n <= MAX_CAPTURED:
-            rope = *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context
+        rope = *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context
+        fused = s.cache_type == "f16" and layer.q_norm is None and layer.k_norm is None
+        if n <= MAX_CAPTURED and fused:
             layer.qkv.few(self.normed, self.qkv, n, epilogue=Epilogue(EpilogueKind.ROPE_AND_STORE, rope=rope))
-            self._attend_few(cache, n, into)
         else:
-            layer.qkv.many(self.normed, self.qkv, n)
-            kernel = wiring.kernel("rope_store_kv_f16")
+            (layer.qkv.few if n <= MAX_CAPTURED else layer.qkv.many)(self.normed, self.qkv, n)
+            kernel = wiring.kernel(f"rope_store_kv_{s.cache_type}")
             grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
-            self.kernels(kernel, grid, self.qkv, *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context)
-            self._attend_many(cache, n, into)
+            self.kernels(kernel, grid, self.qkv, *rope, layer.q_norm, layer.k_norm, s.eps)
+        (self._attend_few if n <= MAX_CAPTURED else self._attend_many)(layer, cache, n, into)
         self._set_branch(layer.attn_output, self.attended, n)
 
-    def _attend_few(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
+    def _attend_few(
+        self, layer: Layer[Products], cache: tuple[Buffer, ...], n: int, into: tuple[Buffer | None, Buffer | None]
+    ) -> None:
         """Few tokens, of any sequences."""
-        s, y, kernel = self.sizes, self.attended, wiring.kernel("attention_decode_f16")
+        s, y = self.sizes, self.attended
+        kernel = wiring.kernel(f"attention_decode_{s.cache_type}")
         (floats, planes), splits = into, self._splits(s, n)
         apart = s.n_head // s.n_head_kv * s.head_dim % 32 != 0  # blocks of activations straddle heads of keys
         to = (y.floats, None) if apart else (floats, planes)
-        heads, scale = (s.n_head, s.n_head_kv, s.head_dim), s.head_dim**-0.5
+        heads = (s.n_head, s.n_head_kv, s.head_dim)
         grid = kernel.grid(n_head_kv=s.n_head_kv, splits=splits, ntokens=n)
         self.kernels(kernel, grid, self.qkv, *cache, self.partial, *to, self.counters, *self._tokens, *heads,
-                     self.n_context, splits, y.n_padded, scale)  # fmt: skip
+                     self.n_context, splits, y.n_padded, *self._scores(layer))  # fmt: skip
         if apart and planes is not None:
             self._quantize(y, n)
 
-    def _attend_many(self, cache: tuple[Buffer, Buffer], n: int, into: tuple[Buffer | None, Buffer | None]) -> None:
+    def _attend_many(
+        self, layer: Layer[Products], cache: tuple[Buffer, ...], n: int, into: tuple[Buffer | None, Buffer | None]
+    ) -> None:
         """Tokens that follow each other in one sequence."""
-        s, y, kernel = self.sizes, self.attended, wiring.kernel("attention_prefill_f16")
-        heads, scale = (s.n_head, s.n_head_kv, s.head_dim), s.head_dim**-0.5
+        s, y = self.sizes, self.attended
+        kernel = wiring.kernel(f"attention_prefill_{s.cache_type}")
+        heads = (s.n_head, s.n_head_kv, s.head_dim)
         grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
         self.kernels(kernel, grid, self.qkv, *cache, y.floats, *self._tokens, *heads, self.n_context, n,
-                     y.n_padded, scale)  # fmt: skip
+                     y.n_padded, *self._scores(layer))  # fmt: skip
         if into[1] is not None:
             self._quantize(y, n)
+
+    def _scores(self, layer: Layer[Products]) -> tuple[object, ...]:
+        """What becomes of scores: the last arguments of attention."""
+        return self.sizes.score_scale, self.sizes.attn_softcap, layer.window, layer.sinks
 
     @property
     def _tokens(self) -> tuple[Buffer, Buffer]:

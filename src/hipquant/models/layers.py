@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -52,6 +52,18 @@ class Sizes:
     n_vocab: int
     eps: float
     rope: Rope
+    attn_scale: float = field(default=0, kw_only=True)  # of scores; 0: head_dim^-0.5
+    attn_softcap: float = field(default=0, kw_only=True)  # a score becomes cap tanh(score / cap); 0: as it is
+    cache_type: str = field(default="f16", kw_only=True)  # of wiring.CACHE_TYPES
+
+    @property
+    def score_scale(self) -> float:
+        return self.attn_scale or self.head_dim**-0.5
+
+    @property
+    def cache_row_bytes(self) -> int:
+        """Bytes of a key or a value of one head in the KV cache; as q8_0 each 32 have a scale."""
+        return 2 * self.head_dim if self.cache_type == "f16" else self.head_dim + self.head_dim // 32 * 2
 
 
 class Matrix(NamedTuple):
@@ -75,6 +87,10 @@ class Layer(Generic[L]):
     ffn_norm: Buffer
     gate_up: L
     down: L
+    window: int = 0  # positions that a token sees, up to its own; 0: all
+    q_norm: Buffer | None = None  # weights [head_dim] of the norm of each query, and of each key
+    k_norm: Buffer | None = None
+    sinks: Buffer | None = None  # [n_head]: scores without values, which take their share of the weights
 
 
 class Blocks(ABC, Generic[L]):
@@ -96,7 +112,7 @@ class Blocks(ABC, Generic[L]):
         self.embedding_type = weights.info(embedding, (sizes.n_vocab, sizes.n_embd)).type
         self.n_context = -(-context // 16) * 16
         self.rope_table = sizes.rope.table(self.n_context)
-        self.nbytes_per_position = 2 * 2 * sizes.n_layer * sizes.n_head_kv * sizes.head_dim  # keys and values: halves
+        self.nbytes_per_position = 2 * sizes.n_layer * sizes.n_head_kv * sizes.cache_row_bytes  # keys and values
         inputs = weights.device.allocate(12 * chunk, "tokens")
         self._inputs, self._staged = inputs, weights.device.allocate_host(12 * chunk).view(np.int32).reshape(3, chunk)
         self.tokens, self.positions, self.slots = (inputs.view(4 * chunk * i, 4 * chunk) for i in range(3))

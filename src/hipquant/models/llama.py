@@ -122,10 +122,15 @@ class Llama(Model):
 
 
 def load(
-    file: GGUFFile, device: Device, context: int | None, sequences: int, progress: Callable[[int, int], None] | None
+    file: GGUFFile,
+    device: Device,
+    context: int | None,
+    sequences: int,
+    progress: Callable[[int, int], None] | None,
+    cache_type: str = "f16",
 ) -> Llama:
     """A llama model from an open file; see `hipquant.load`."""
-    config = Config.read(file)
+    config = replace(Config.read(file), cache_type=cache_type)
     if context is not None and not 1 <= context <= config.n_context:
         raise ValueError(f"context must be from 1 to the {config.n_context} that the model was made for, not {context}")
     if not 1 <= sequences <= 1024:

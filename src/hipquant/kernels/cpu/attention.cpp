@@ -2,7 +2,7 @@
 // share it: each tile of keys and each value is loaded once for all of them.
 //
 // Scores go in parts of 128 positions with a running maximum (Milakov and Gimelshein, arXiv 1805.02867), so memory
-// does not grow with the context.
+// does not grow with the context. Positions that a window hides are not gone over.
 #include "kv_cache.h"
 #include "launch.h"
 
@@ -11,11 +11,12 @@ constexpr int kPart = 128;  // positions
 struct Query {  // up to 8 query heads of one token
     const float* q;
     float* dst;
-    int head_dim, count;  // count: positions to attend to
-    float scale;
+    int head_dim, begin, count;  // positions to attend to: from begin to in front of count
+    float scale, softcap;        // softcap: 0 for none
+    const float* sinks;          // of each head a score without a value, or null
 };
 
-// scores[h][i] = scale q_h . k_{from + i} for a part of the positions; those beyond the last are -inf.
+// scores[h][i] = scale q_h . k_{from + i} for a part of the positions; those to which it does not attend are -inf.
 template <int H> HQ_INLINE void part_scores(float scores[H][kPart], const Query& query, const uint16_t* keys, int from) {
     for (int i = 0; i < kPart && from + i < query.count; i += kKeyTile) {
         const uint16_t* tile = keys + (int64_t)(from + i) * query.head_dim;
@@ -25,28 +26,34 @@ template <int H> HQ_INLINE void part_scores(float scores[H][kPart], const Query&
                 const vf k = load_halves(tile + d * kKeyTile + lane);
                 for (int h = 0; h < H; h++) acc[h] = fma((vf)query.q[h * query.head_dim + d], k, acc[h]);
             }
-            for (int h = 0; h < H; h++) store(scores[h] + i + lane, acc[h] * query.scale);
+            for (int h = 0; h < H; h++) {
+                const vf score = acc[h] * query.scale, cap = query.softcap;
+                store(scores[h] + i + lane, query.softcap ? cap * tanh_(score / cap) : score);
+            }
         }
     }
-    for (int h = 0; h < H; h++)
+    for (int h = 0; h < H; h++) {
+        for (int i = 0; i < query.begin - from; i++) scores[h][i] = -__builtin_inff();
         for (int i = query.count - from; i < kPart; i++) scores[h][i] = -__builtin_inff();
+    }
 }
 
 // out[h] += sum over the part of weight[h][i] * v_{from + i}.
 template <int H> HQ_INLINE void add_values(float* out, const float weights[H][kPart], const Query& query, const uint16_t* values, int from) {
     const int n = query.count - from < kPart ? query.count - from : kPart, dim = query.head_dim;
+    const int first = query.begin > from ? query.begin - from : 0;
     int d = 0;
     for (; d + W <= dim; d += W) {
         vf acc[H];
         for (int h = 0; h < H; h++) acc[h] = load<vf>(out + h * dim + d);
-        for (int i = 0; i < n; i++) {
+        for (int i = first; i < n; i++) {
             const vf v = load_halves(values + (int64_t)(from + i) * dim + d);
             for (int h = 0; h < H; h++) acc[h] = fma((vf)weights[h][i], v, acc[h]);
         }
         for (int h = 0; h < H; h++) store(out + h * dim + d, acc[h]);
     }
     for (; d < dim; d++)
-        for (int i = 0; i < n; i++)
+        for (int i = first; i < n; i++)
             for (int h = 0; h < H; h++) out[h * dim + d] += weights[h][i] * half_to_float(values[(int64_t)(from + i) * dim + d]);
 }
 
@@ -54,9 +61,9 @@ template <int H> static void attend(const Query& query, const uint16_t* keys, co
     alignas(64) float scores[H][kPart];
     const int dim = query.head_dim;
     float biggest[H], total[H];
-    for (int h = 0; h < H; h++) biggest[h] = -__builtin_inff(), total[h] = 0;
+    for (int h = 0; h < H; h++) biggest[h] = query.sinks ? query.sinks[h] : -__builtin_inff(), total[h] = query.sinks ? 1 : 0;
     for (int i = 0; i < H * dim; i++) query.dst[i] = 0;
-    for (int from = 0; from < query.count; from += kPart) {
+    for (int from = query.begin / kKeyTile * kKeyTile; from < query.count; from += kPart) {
         part_scores<H>(scores, query, keys, from);
         for (int h = 0; h < H; h++) {
             vf m = load<vf>(scores[h]), sums = 0;
@@ -84,7 +91,8 @@ HQ_ENTRY(attention_f16) {
     const auto* position = arg<const int*>(params, 4);
     const auto* slot = arg<const int*>(params, 5);
     const int n_head = arg<int>(params, 6), n_head_kv = arg<int>(params, 7), head_dim = arg<int>(params, 8);
-    const int n_context = arg<int>(params, 9), shared = n_head / n_head_kv;
+    const int n_context = arg<int>(params, 9), window = arg<int>(params, 12), shared = n_head / n_head_kv;
+    const auto* sinks = arg<const float*>(params, 13);
     for (uint64_t block = launch->begin; block < launch->end; block++) {
         const int kv = (int)(block % launch->grid[0]);
         const int64_t token = block / launch->grid[0];
@@ -93,8 +101,10 @@ HQ_ENTRY(attention_f16) {
         const uint16_t* values = arg<const uint16_t*>(params, 2) + head.value(0);
         for (int h = 0; h < shared;) {
             const int64_t at = (token * n_head + kv * shared + h) * head_dim;
-            const Query query = {arg<const float*>(params, 0) + at, arg<float*>(params, 3) + at, head_dim,
-                                 position[token] + 1, arg<float>(params, 10)};
+            const int count = position[token] + 1, begin = window > 0 && window < count ? count - window : 0;
+            const Query query = {arg<const float*>(params, 0) + at, arg<float*>(params, 3) + at, head_dim, begin, count,
+                                 arg<float>(params, 10), arg<float>(params, 11),
+                                 sinks ? sinks + kv * shared + h : nullptr};
             if (shared - h >= 8)
                 attend<8>(query, keys, values), h += 8;
             else if (shared - h >= 4)

@@ -167,3 +167,9 @@ template <class V> HQ_INLINE V exp_(V x) {
     p = fma(p, r, (V)1.0f);
     return p * (V)((__builtin_convertvector(n, I) + 127) << 23);
 }
+
+// tanh x, relative error below 2e-6: by its series near 0, where 1 - 2 / (1 + e^2x) would lose digits.
+template <class V> HQ_INLINE V tanh_(V x) {
+    const V square = x * x, series = fma(square, fma(square, (V)(2.0f / 15), (V)(-1.0f / 3)), (V)1.0f);
+    return square < 0.015625f ? x * series : 1 - 2 / (1 + exp_(2 * x));
+}

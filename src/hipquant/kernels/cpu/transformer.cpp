@@ -25,24 +25,38 @@ HQ_ENTRY(add_rms_norm_f32) {
     }
 }
 
-// Block (token): rotates the pairs (2 i, 2 i + 1) of the first n_rot values of every head of q and k by the angles of
-// the token's position, and writes k and v into the cache. `rope` is [position][n_rot / 2][cos, sin].
+// x, n values, divided by its root mean square, times the weights.
+HQ_INLINE void norm_head(float* x, const float* weight, int n, float eps) {
+    float squares = 0;
+    for (int i = 0; i < n; i++) squares += x[i] * x[i];
+    const float scale = 1 / __builtin_sqrtf(squares / n + eps);
+    for (int i = 0; i < n; i++) x[i] *= scale * weight[i];
+}
+
+// Block (token): norms every head of q and k where there are weights for it, rotates the pairs (2 i, 2 i + 1) of its
+// first n_rot values by the angles of the token's position, and writes k and v into the cache. `rope` is
+// [position][n_rot / 2][cos, sin].
 HQ_ENTRY(rope_store_kv) {
     const int n_head = arg<int>(params, 8), n_head_kv = arg<int>(params, 9), head_dim = arg<int>(params, 10);
     const int n_rot = arg<int>(params, 11), n_context = arg<int>(params, 12);
+    const auto *q_norm = arg<const float*>(params, 13), *k_norm = arg<const float*>(params, 14);
+    const float eps = arg<float>(params, 15);
     for (uint64_t token = launch->begin; token < launch->end; token++) {
         auto* q = arg<float*>(params, 0) + token * n_head * head_dim;
-        const auto* k = arg<const float*>(params, 1) + token * n_head_kv * head_dim;
+        auto* k = arg<float*>(params, 1) + token * n_head_kv * head_dim;
         const auto* v = arg<const float*>(params, 2) + token * n_head_kv * head_dim;
         const int position = arg<const int*>(params, 6)[token], slot = arg<const int*>(params, 7)[token];
         const auto* rope = arg<const float*>(params, 5) + (int64_t)position * n_rot;
-        for (int h = 0; h < n_head; h++, q += head_dim)
+        for (int h = 0; h < n_head; h++, q += head_dim) {
+            if (q_norm) norm_head(q, q_norm, head_dim, eps);
             for (int i = 0; i < n_rot; i += 2) {
                 const float a = q[i], b = q[i + 1], c = rope[i], s = rope[i + 1];
                 q[i] = a * c - b * s;
                 q[i + 1] = a * s + b * c;
             }
+        }
         for (int h = 0; h < n_head_kv; h++, k += head_dim, v += head_dim) {
+            if (k_norm) norm_head(k, k_norm, head_dim, eps);
             const KVHead head = {slot * n_head_kv + h, head_dim, n_context};
             uint16_t* keys = arg<uint16_t*>(params, 3) + head.key(position);
             for (int i = 0; i < n_rot; i += 2) {

@@ -100,13 +100,14 @@ HQ_INLINE uint16_t float_to_half(float v) {
     return __builtin_bit_cast(uint16_t, (_Float16)v);
 }
 
-// 2^v and the square root of v to 1 or 2 units in the last place; what is below 2^-126 may be 0.
+// 2^v, the square root of v and 1 / v to 1 or 2 units in the last place; what is below 2^-126 may be 0.
 #if __has_builtin(__builtin_amdgcn_exp2f)
 HQ_INLINE float exp2_approximate(float v) { return __builtin_amdgcn_exp2f(v); }
 #else
 HQ_INLINE float exp2_approximate(float v) { return __builtin_exp2f(v); }  // one instruction, and care for small results
 #endif
 HQ_INLINE float square_root(float v) { return __builtin_amdgcn_sqrtf(v); }
+HQ_INLINE float reciprocal(float v) { return __builtin_amdgcn_rcpf(v); }
 
 // The low halves of a and b in one word, or the high ones.
 HQ_INLINE uint32_t join_halves(uint32_t a, uint32_t b, bool high) {
@@ -172,7 +173,8 @@ template <int N> HQ_INLINE void store_vector(void* p, const Words<N>& v) { store
 HQ_INLINE void wait_for_inputs() {}
 HQ_INLINE void let_next_begin() {}
 
-// What this thread has written is seen by who learns of it; and what others have written by this thread.
+// What this thread has written is seen by who learns of it; and what others have written by this thread, no other one.
+constexpr bool kFenceOfOneWillDo = false;
 HQ_INLINE void fence_release() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
 HQ_INLINE void fence_acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
 HQ_INLINE int add_atomic(int* p, int v) {

@@ -75,6 +75,11 @@ HQ_INLINE float square_root(float v) {
     asm("sqrt.rn.f32 %0, %1;" : "=f"(r) : "f"(v));
     return r;
 }
+HQ_INLINE float reciprocal(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
 // Bytes of a | b << 32, by nibbles of the selector: a number from 0 to 7, plus 8 for 8 times its sign.
 HQ_INLINE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t r;
@@ -385,8 +390,10 @@ HQ_INLINE void let_next_begin() {
 #endif
 }
 
-// What a block has written in front of a barrier is seen by who learns of it by a thread's add_atomic() behind, and what
-// others have written is seen behind fence_acquire(), which empties the first-level cache.
+// What a block has written in front of a barrier is seen by who learns of it by a thread's add_atomic() behind. What
+// others have written is seen behind fence_acquire(), which empties the first-level cache, and by the other threads
+// behind the next barrier.
+constexpr bool kFenceOfOneWillDo = true;
 HQ_INLINE void fence_release() {}
 HQ_INLINE void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 HQ_INLINE int add_atomic(int* p, int v) {

@@ -100,6 +100,7 @@ HQ_INLINE float exp2_approximate(float v) {
     return (float)(sum * __builtin_bit_cast(double, (uint64_t)(1023 + n) << 52));
 }
 HQ_INLINE float square_root(float v) { return __builtin_sqrtf(v); }
+HQ_INLINE float reciprocal(float v) { return 1 / v; }
 
 HQ_INLINE uint32_t join_halves(uint32_t a, uint32_t b, bool high) { return permute(a, b, high ? 0x7632 : 0x5410); }
 HQ_INLINE int byte_at(uint32_t v, int i) { return (int)(v >> 8 * i & 0xFF); }
@@ -153,6 +154,7 @@ HQ_INLINE uint32_t load_stream_half(const void* p) { return *(const uint16_t*)al
 template <int N> HQ_INLINE void store_vector(void* p, const Words<N>& v) { store<N>(p, v); }
 HQ_INLINE void wait_for_inputs() {}
 HQ_INLINE void let_next_begin() {}
+constexpr bool kFenceOfOneWillDo = true;
 HQ_INLINE void fence_release() {}
 HQ_INLINE void fence_acquire() {}
 HQ_INLINE int add_atomic(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }

@@ -1,9 +1,9 @@
-// `attention_decode_f16`: attention over a share of the positions a block; the last block of a head puts them together.
+// `attention_decode_*`: attention over a share of the positions a block; the last block of a head puts them together.
 //
 // A block takes the heads of queries that share a head of keys and values, 4 at a time. Groups of 8, 16 or 32 lanes, as
 // a row of the cache needs with 16 bytes a lane, go over positions of their own, each with a softmax of its own, whose
 // sums are put together at the end. Scores are multiples of log(2) inside, so that a weight is a power of 2.
-#include "rows.h"
+#include "kv_cache.h"
 
 constexpr int kAttentionThreads = 128, kLaneValues = 8;
 constexpr float kLog2 = 0.693147180559945f;
@@ -15,30 +15,14 @@ struct GroupSums {
 };
 
 // Heads of queries, and positions begin to end of the cache's head that belongs to them.
-struct Share {
+template <class Rows> struct Share {
     const float* queries;
-    const uint16_t *keys, *values;
+    Rows keys, values;
     float* partial;  // of the first head; the next one is `stride` behind
     int stride;
     int head_dim, begin, end;
-    float scale;
+    float scale, cap;  // cap: of scores, or 0
 };
-
-// 8 halves of a row of the cache from half i on, or what is left of it.
-template <bool kVectors> HQ_INLINE Words<16> load_halves(const uint16_t* cache, uint32_t row, int i, int head_dim) {
-    if constexpr (kVectors) {
-        return load_vector<16>((const uint8_t*)cache + 2 * (row + i));
-    } else {
-        Words<16> r;
-#pragma unroll
-        for (int w = 0; w < 4; w++, i += 2) r.w[w] = i < head_dim ? load_vector<4>(cache + row + i).w[0] : 0;
-        return r;
-    }
-}
-HQ_INLINE void unpack_halves(float* v, const Words<16>& w) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = half_to_float(w.w[i / 2] >> 16 * (i % 2) & 0xFFFF);
-}
 
 // The weight of a sum whose greatest score is `score`, where `top` is the greatest of all, which may be -infinity.
 HQ_INLINE float weight_of(float score, float top) { return score == top ? 1 : exp2_approximate(score - top); }
@@ -65,8 +49,8 @@ template <int kLanes> HQ_INLINE void store_partial(const GroupSums& found, float
 }
 
 // The first `heads` of kHeads heads, kSteps positions at a time. `found` is used in turns: one barrier a head will do.
-template <int kLanes, int kHeads, int kSteps, bool kVectors>
-HQ_INLINE void attend(const Share& share, int heads, GroupSums* found, int& turn) {
+template <int kLanes, int kHeads, int kSteps, bool kVectors, class Rows>
+HQ_INLINE void attend(const Share<Rows>& share, int heads, GroupSums* found, int& turn) {
     constexpr int kGroups = kAttentionThreads / kLanes;
     const int lane = thread_x() % kLanes, group = thread_x() / kLanes, head_dim = share.head_dim;
     const bool idle = kVectors && lane * kLaneValues >= head_dim;  // it takes the first part of the rows, times 0
@@ -85,28 +69,36 @@ HQ_INLINE void attend(const Share& share, int heads, GroupSums* found, int& turn
     }
     for (int from = share.begin; from < share.end; from += kSteps * kGroups) {
         const int at = from + group;
-        Words<16> keys[kSteps], values[kSteps];
+        typename Rows::Piece keys[kSteps], values[kSteps];
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
             const int position = at + s * kGroups;
             const uint32_t row = (uint32_t)(position < share.end ? position : share.end - 1) * (uint32_t)head_dim;
-            keys[s] = load_halves<kVectors>(share.keys, row, first, head_dim);
-            values[s] = load_halves<kVectors>(share.values, row, first, head_dim);
+            keys[s] = share.keys.template load<kVectors>(row, first, head_dim);
+            values[s] = share.values.template load<kVectors>(row, first, head_dim);
         }
         float score[kHeads][kSteps];
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
             float key[kLaneValues];
-            unpack_halves(key, keys[s]);
+            Rows::unpack(key, keys[s]);
 #pragma unroll
             for (int h = 0; h < kHeads; h++) {
                 float product = 0;
 #pragma unroll
                 for (int i = 0; i < kLaneValues; i++) product = __builtin_fmaf(query[h][i], key[i], product);
-                product = group_sum<kLanes>(product);
-                score[h][s] = at + s * kGroups < share.end ? product : -infinity();
+                if constexpr (Rows::kScaled) product *= Rows::scale(keys[s]);
+                score[h][s] = group_sum<kLanes>(product);
             }
         }
+        keep_order();  // values are loaded before, and are on their way meanwhile
+        if (share.cap != 0)
+#pragma unroll
+            for (int h = 0; h < kHeads; h++)
+                for (int s = 0; s < kSteps; s++) score[h][s] = soft_capped(score[h][s], share.cap);
+#pragma unroll
+        for (int s = 0; s < kSteps; s++)
+            for (int h = 0; h < kHeads; h++) score[h][s] = at + s * kGroups < share.end ? score[h][s] : -infinity();
 #pragma unroll
         for (int h = 0; h < kHeads; h++) {
             const float before = top[h];
@@ -122,11 +114,13 @@ HQ_INLINE void attend(const Share& share, int heads, GroupSums* found, int& turn
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
             float value[kLaneValues];
-            unpack_halves(value, values[s]);
+            Rows::unpack(value, values[s]);
 #pragma unroll
-            for (int h = 0; h < kHeads; h++)
+            for (int h = 0; h < kHeads; h++) {
+                const float weight = Rows::kScaled ? score[h][s] * Rows::scale(values[s]) : score[h][s];
 #pragma unroll
-                for (int i = 0; i < kLaneValues; i++) sum[h][i] = __builtin_fmaf(score[h][s], value[i], sum[h][i]);
+                for (int i = 0; i < kLaneValues; i++) sum[h][i] = __builtin_fmaf(weight, value[i], sum[h][i]);
+            }
         }
     }
 #pragma unroll
@@ -146,24 +140,28 @@ HQ_INLINE void attend(const Share& share, int heads, GroupSums* found, int& turn
     }
 }
 
-template <int kHeads, int kSteps>
-HQ_INLINE void attend_aligned(const Share& share, int heads, GroupSums* found, int& turn) {
-    if (share.head_dim <= 64) attend<8, kHeads, kSteps, true>(share, heads, found, turn);
-    else if (share.head_dim <= 128) attend<16, kHeads, kSteps, true>(share, heads, found, turn);
-    else attend<32, kHeads, kSteps, true>(share, heads, found, turn);
-}
-
-// All heads of the share. Whole blocks come here.
-HQ_INLINE void attend_heads(Share share, int heads, GroupSums* found) {
-    const bool aligned = share.head_dim % 8 == 0;
+// All heads of the share, 4 at a time where rows of the cache are whole vectors. Whole blocks come here.
+template <int kLanes, class Rows> HQ_INLINE void attend_aligned(Share<Rows> share, int heads, GroupSums* found) {
     int turn = 0;
     for (int done = 0, now; done < heads; done += now) {
-        now = !aligned ? 1 : heads - done < 4 ? heads - done : 4;
-        if (!aligned) attend<32, 1, 1, false>(share, 1, found, turn);
-        else if (now == 1) attend_aligned<1, 4>(share, 1, found, turn);
-        else attend_aligned<4, 2>(share, now, found, turn);
+        now = heads - done < 4 ? heads - done : 4;
+        if (now == 1) attend<kLanes, 1, 4, true>(share, 1, found, turn);
+        else attend<kLanes, 4, 2, true>(share, now, found, turn);
         share.queries += now * share.head_dim, share.partial += now * share.stride;
     }
+}
+template <class Rows> HQ_INLINE void attend_heads(Share<Rows> share, int heads, GroupSums* found) {
+    if constexpr (!Rows::kScaled)
+        if (share.head_dim % 8) {
+            for (int h = 0, turn = 0; h < heads; h++) {
+                attend<32, 1, 1, false>(share, 1, found, turn);
+                share.queries += share.head_dim, share.partial += share.stride;
+            }
+            return;
+        }
+    if (share.head_dim <= 64) attend_aligned<8>(share, heads, found);
+    else if (share.head_dim <= 128) attend_aligned<16>(share, heads, found);
+    else attend_aligned<32>(share, heads, found);
 }
 
 constexpr int kMaxSplits = 64, kHeadsAtOnce = 32;  // as many heads are whole blocks of 32 activations
@@ -177,8 +175,8 @@ struct Parts {
     HQ_MEMBER float total(int head, int s) const { return part(head, s)[head_dim + 1]; }
 };
 
-// The weights of a head's parts, divided by their total, by the lanes of a team.
-HQ_INLINE void weigh_parts(const Parts& parts, int head, float* weights) {
+// The weights of a head's parts, divided by their total, by the lanes of a team. A sink is a score without a value.
+HQ_INLINE void weigh_parts(const Parts& parts, int head, const float* sink, float* weights) {
     constexpr int kMine = kMaxSplits / 32;
     const int lane = thread_x() % 32;
     float top[kMine], total[kMine], greatest = -infinity(), sum = 0;
@@ -191,12 +189,15 @@ HQ_INLINE void weigh_parts(const Parts& parts, int head, float* weights) {
 #pragma unroll
     for (int i = 0; i < kMine; i++) greatest = max2(greatest, top[i]);
     greatest = team_max(greatest);
+    if (sink) greatest = max2(greatest, *sink);
 #pragma unroll
     for (int i = 0; i < kMine; i++) {
         top[i] = top[i] == greatest ? 1 : exp_(top[i] - greatest);
         sum = __builtin_fmaf(top[i], total[i], sum);
     }
-    sum = 1 / team_sum(sum);
+    sum = team_sum(sum);
+    if (sink) sum += exp_(*sink - greatest);
+    sum = 1 / sum;
 #pragma unroll
     for (int i = 0; i < kMine; i++)
         if (lane + 32 * i < parts.splits) weights[lane + 32 * i] = top[i] * sum;
@@ -242,45 +243,83 @@ union AttentionMemory {
     float weights[kHeadsAtOnce][kMaxSplits];  // of the parts, by the last block
 };
 
-// Block (head of keys and split, of at most 64, token); y and q are columns of n_padded values. Splits without
-// positions, which come behind those that have some, do nothing. Where there is q, heads of queries that share a head
-// of keys have a multiple of 32 values.
+// What a kernel is given, beside the cache.
+struct Decode {
+    const float* qkv;
+    float *partial, *y;
+    uint8_t* q;
+    int* counters;
+    const int *position, *slot;
+    int n_head, n_head_kv, head_dim, n_context, splits, n_padded;
+    float scale, softcap;
+    int window;
+    const float* sinks;
+};
+
+template <class Rows>
+HQ_INLINE void attend_token(const Decode& d, const Rows& keys, const Rows& values, AttentionMemory& memory, int* last) {
+    const int64_t token = block_y();
+    const int head_kv = (int)block_x() / d.splits, split = (int)block_x() % d.splits;
+    const int group = d.n_head / d.n_head_kv, length = d.position[token] + 1;
+    const int start = d.window > 0 && d.window < length ? length - d.window : 0, count = length - start;
+    const int each = ((count + 31) / 32 + d.splits - 1) / d.splits * 32, begin = start + split * each;
+    if (begin >= length) return;
+    const int64_t cache = ((int64_t)d.slot[token] * d.n_head_kv + head_kv) * d.n_context * d.head_dim;
+    const int stride = d.splits * (d.head_dim + 2);
+    float* parts_of_group = d.partial + (token * d.n_head + head_kv * group) * stride;
+    Share<Rows> share;
+    share.keys = keys.from(cache), share.values = values.from(cache);
+    share.queries = d.qkv + (token * (d.n_head + 2 * d.n_head_kv) + head_kv * group) * d.head_dim;
+    share.stride = stride, share.partial = parts_of_group + split * (d.head_dim + 2);
+    share.head_dim = d.head_dim, share.scale = d.scale, share.cap = d.softcap * kLog2E;
+    share.begin = begin, share.end = begin + each < length ? begin + each : length;
+    attend_heads(share, group, memory.found);
+
+    const int found = (count + each - 1) / each;
+    if (!is_last_block(d.counters + token * d.n_head_kv + head_kv, found, last)) return;
+    for (int done = 0, heads; done < group; done += heads) {
+        heads = group - done < kHeadsAtOnce ? group - done : kHeadsAtOnce;
+        const int first_head = head_kv * group + done;
+        const Parts parts{parts_of_group + done * stride, found, stride, d.head_dim};
+        if (done) barrier();
+        for (int h = thread_x() / 32; h < heads; h += kAttentionThreads / 32)
+            weigh_parts(parts, h, d.sinks ? d.sinks + first_head + h : nullptr, memory.weights[h]);
+        barrier();
+        const int first = first_head * d.head_dim, n = heads * d.head_dim;
+        const int end = first + n == d.n_head * d.head_dim ? d.n_padded : first + n;
+        const Attended to{d.y ? d.y + token * d.n_padded : nullptr,
+            d.q ? d.q + token * column_bytes(d.n_padded) : nullptr, first, n, end, d.n_padded};
+        combine(parts, memory.weights[0], to);
+    }
+}
+
+// Block (head of keys and split, of at most 64, token); y and q are columns of n_padded values. A token sees `window`
+// positions up to its own, or all (0). Splits without positions, which come behind those that have some, do nothing.
+// Where there is q, heads of queries that share a head of keys have a multiple of 32 values.
 HQ_RESIDENT_KERNEL(128, 3)  // 4 would leave 128 registers, which is a few too little
 attention_decode_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial, float* y,
     void* q, int* counters, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim,
-    int n_context, int splits, int n_padded, float scale) {
+    int n_context, int splits, int n_padded, float scale, float softcap, int window, const float* sinks) {
     HQ_SHARED int last;
     HQ_SHARED AttentionMemory memory;
     let_next_begin();
     wait_for_inputs();
-    const int64_t token = block_y();
-    const int head_kv = (int)block_x() / splits, split = (int)block_x() % splits;
-    const int group = n_head / n_head_kv, length = position[token] + 1;
-    const int each = ((length + 31) / 32 + splits - 1) / splits * 32, begin = split * each;
-    if (begin >= length) return;
-    const int64_t cache = ((int64_t)slot[token] * n_head_kv + head_kv) * n_context * head_dim;
-    const int stride = splits * (head_dim + 2);
-    float* parts_of_group = partial + (token * n_head + head_kv * group) * stride;
-    Share share;
-    share.keys = k_cache + cache, share.values = v_cache + cache;
-    share.queries = qkv + (token * (n_head + 2 * n_head_kv) + head_kv * group) * head_dim;
-    share.stride = stride, share.partial = parts_of_group + split * (head_dim + 2);
-    share.head_dim = head_dim, share.scale = scale;
-    share.begin = begin, share.end = begin + each < length ? begin + each : length;
-    attend_heads(share, group, memory.found);
+    const Decode decode{qkv, partial, y, (uint8_t*)q, counters, position, slot, n_head, n_head_kv, head_dim, n_context,
+        splits, n_padded, scale, softcap, window, sinks};
+    attend_token(decode, HalfRows{(uint16_t*)k_cache}, HalfRows{(uint16_t*)v_cache}, memory, &last);
+}
 
-    const int found = (length + each - 1) / each;
-    if (!is_last_block(counters + token * n_head_kv + head_kv, found, &last)) return;
-    for (int done = 0, heads; done < group; done += heads) {
-        heads = group - done < kHeadsAtOnce ? group - done : kHeadsAtOnce;
-        const Parts parts{parts_of_group + done * stride, found, stride, head_dim};
-        if (done) barrier();
-        for (int h = thread_x() / 32; h < heads; h += kAttentionThreads / 32) weigh_parts(parts, h, memory.weights[h]);
-        barrier();
-        const int first = (head_kv * group + done) * head_dim, n = heads * head_dim;
-        const int end = first + n == n_head * head_dim ? n_padded : first + n;
-        const Attended to{y ? y + token * n_padded : nullptr,
-            q ? (uint8_t*)q + token * column_bytes(n_padded) : nullptr, first, n, end, n_padded};
-        combine(parts, memory.weights[0], to);
-    }
+HQ_RESIDENT_KERNEL(128, 3)
+attention_decode_q8_0(const float* qkv, const int8_t* k_cache, const int8_t* v_cache, const uint16_t* k_scales,
+    const uint16_t* v_scales, float* partial, float* y, void* q, int* counters, const int* position, const int* slot,
+    int n_head, int n_head_kv, int head_dim, int n_context, int splits, int n_padded, float scale, float softcap,
+    int window, const float* sinks) {
+    HQ_SHARED int last;
+    HQ_SHARED AttentionMemory memory;
+    let_next_begin();
+    wait_for_inputs();
+    const Decode decode{qkv, partial, y, (uint8_t*)q, counters, position, slot, n_head, n_head_kv, head_dim, n_context,
+        splits, n_padded, scale, softcap, window, sinks};
+    const Q8Rows keys{(int8_t*)k_cache, (uint16_t*)k_scales}, values{(int8_t*)v_cache, (uint16_t*)v_scales};
+    attend_token(decode, keys, values, memory, &last);
 }

@@ -1,4 +1,4 @@
-// `attention_prefill_f16`: attention of the tokens of a long pass, which belong to one sequence.
+// `attention_prefill_*`: attention of the tokens of a long pass, which belong to one sequence.
 //
 // A block takes 64 rows (a row is a token and one of the heads of queries that share a head of keys and values) and
 // goes over the keys in tiles through shared memory, with a softmax that is put right as greater scores come. Scores
@@ -20,17 +20,19 @@ template <int kDims> struct Prefill<kDims, true> {
         TileRow<kDims> keys[kKeys], values[kKeys];
     };
     static constexpr bool kApart = true;  // keys and values lie in places of their own
-    template <bool kVectors> using ValuesCopy = PrefillCopy<kDims, kKeys, kVectors>;
+    template <bool kVectors, class Rows> using ValuesCopy = PrefillCopy<kDims, kKeys, kVectors, Rows>;
     uint32_t query[kDims / 16][4];
     float sum[kPart / 8][4], score[kKeys / 8][4], top[2], weights[2];
-    int row, last[2], lane, part, shown;  // shown: keys that no row of the block is without
+    int row, last[2], lane, part;
+    Keys keys;
 
     HQ_MEMBER void begin(Tile&, const PrefillRows& rows, int first, int at) {
-        part = at, lane = thread_x() % 32, row = first + thread_x() / 32 * 16 + lane / 4, shown = rows.last(first) + 1;
+        part = at, lane = thread_x() % 32, row = first + thread_x() / 32 * 16 + lane / 4;
+        keys.begin(rows, first, kRows);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float* from = rows.query(row + 8 * h);
-            top[h] = -infinity(), weights[h] = 0, last[h] = rows.last(row + 8 * h);
+            top[h] = rows.sink(row + 8 * h), weights[h] = lane % 4 == 0 ? 1 : 0, last[h] = rows.last(row + 8 * h);
 #pragma unroll
             for (int i = 0; i < kDims / 8; i++)
                 query[i / 2][i % 2 * 2 + h] = rows.query_pair(from, 8 * i + lane % 4 * 2);
@@ -44,24 +46,30 @@ template <int kDims> struct Prefill<kDims, true> {
 #pragma unroll
         for (int n = 0; n < kKeys / 8; n++)
             for (int j = 0; j < 4; j++) score[n][j] = 0;
-        const TileRow<kDims>* keys = tile.keys + lane / 16 * 8 + lane % 8;
+        const TileRow<kDims>* of_keys = tile.keys + lane / 16 * 8 + lane % 8;
 #pragma unroll
         for (int k = 0; k < kDims / 16; k++)
 #pragma unroll
             for (int n = 0; n < kKeys / 8; n += 2) {
                 uint32_t b[4];
-                load_matrices(b, &keys[8 * n].halves[2 * k + lane / 8 % 2]);
+                load_matrices(b, &of_keys[8 * n].halves[2 * k + lane / 8 % 2]);
                 mma_f16(score[n], query[k], b);
                 mma_f16(score[n + 1], query[k], b + 2);
             }
-        if (first + kKeys > shown) hide(first + lane % 4 * 2);
+        if (keys.cap != 0) soft_cap();
+        if (!keys.all_seen(first, kKeys)) hide(first + lane % 4 * 2);
         rescale(0), rescale(1);
     }
     HQ_MEMBER void hide(int key) {
 #pragma unroll
         for (int n = 0; n < kKeys / 8; n++)
             for (int j = 0; j < 4; j++)
-                if (key + 8 * n + j % 2 > last[j / 2]) score[n][j] = -infinity();
+                if (keys.hidden(key + 8 * n + j % 2, last[j / 2])) score[n][j] = kHidden;
+    }
+    HQ_MEMBER void soft_cap() {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; n++)
+            for (int j = 0; j < 4; j++) score[n][j] = soft_capped(score[n][j], keys.cap);
     }
     // Scores of one of the lane's rows to weights.
     HQ_MEMBER void rescale(int h) {
@@ -121,19 +129,21 @@ template <int kDims> struct Prefill<kDims, false> {
         alignas(16) float weights[kRows][kKeys + 4];
     };
     static constexpr bool kApart = false;
-    template <bool kVectors> using ValuesCopy = PrefillCopy<kDims, kKeys, kVectors>;
+    template <bool kVectors, class Rows> using ValuesCopy = PrefillCopy<kDims, kKeys, kVectors, Rows>;
     float sum[kMine][kDims / kLanes], top[kMine], weights[kMine];
-    int row, lane, mine, position[kMine];
+    int row, lane, mine, last[kMine];
+    Keys keys;
 
     HQ_MEMBER void begin(Tile& tile, const PrefillRows& rows, int first, int) {
         lane = thread_x() % kLanes, mine = thread_x() / kLanes * kMine, row = first + mine;
+        keys.begin(rows, first, kRows);
         for (int i = thread_x(); i < kRows * kDims / 2; i += kPrefillThreads) {
             const int at = i % (kDims / 2) * 2, r = i / (kDims / 2);
             tile.queries[r].halves[at / 8].w[at / 2 % 4] = rows.query_pair(rows.query(first + r), at);
         }
 #pragma unroll
         for (int r = 0; r < kMine; r++) {
-            top[r] = -infinity(), weights[r] = 0, position[r] = rows.last(row + r);
+            top[r] = rows.sink(row + r), weights[r] = lane == 0 ? 1 : 0, last[r] = rows.last(row + r);
             for (int i = 0; i < kDims / kLanes; i++) sum[r][i] = 0;
         }
     }
@@ -141,23 +151,29 @@ template <int kDims> struct Prefill<kDims, false> {
         float score[kMine][kKeys / kLanes] = {};
 #pragma unroll 2
         for (int i = 0; i < kDims / 8; i++) {
-            Halves8 keys[kKeys / kLanes];
-            for (int k = 0; k < kKeys / kLanes; k++) keys[k] = tile.keys[lane + k * kLanes].halves[i];
+            Halves8 of_keys[kKeys / kLanes];
+            for (int k = 0; k < kKeys / kLanes; k++) of_keys[k] = tile.keys[lane + k * kLanes].halves[i];
 #pragma unroll
             for (int r = 0; r < kMine; r++) {
                 const Halves8 query = tile.queries[mine + r].halves[i];
                 for (int j = 0; j < 8; j++)
                     for (int k = 0; k < kKeys / kLanes; k++)
-                        score[r][k] = __builtin_fmaf(query.value(j), keys[k].value(j), score[r][k]);
+                        score[r][k] = __builtin_fmaf(query.value(j), of_keys[k].value(j), score[r][k]);
             }
         }
+        if (keys.cap != 0)
+#pragma unroll
+            for (int r = 0; r < kMine; r++)
+                for (int k = 0; k < kKeys / kLanes; k++) score[r][k] = soft_capped(score[r][k], keys.cap);
+        if (!keys.all_seen(first, kKeys))
+#pragma unroll
+            for (int r = 0; r < kMine; r++)
+                for (int k = 0; k < kKeys / kLanes; k++)
+                    if (keys.hidden(first + lane + k * kLanes, last[r])) score[r][k] = kHidden;
 #pragma unroll
         for (int r = 0; r < kMine; r++) {
             float greatest = top[r];
-            for (int k = 0; k < kKeys / kLanes; k++) {
-                if (first + lane + k * kLanes > position[r]) score[r][k] = -infinity();
-                greatest = max2(greatest, score[r][k]);
-            }
+            for (int k = 0; k < kKeys / kLanes; k++) greatest = max2(greatest, score[r][k]);
             greatest = group_max<kLanes>(greatest);
             const float kept = exp2_approximate(top[r] - greatest);
             top[r] = greatest, weights[r] *= kept;
@@ -220,20 +236,22 @@ static_assert(sizeof(PrefillTile) <= 48 << 10, "what every GPU has");
 
 // The rows from `first` on that a tile takes, values from `part` on. The copy of keys is under way while values are
 // added, and theirs while keys are weighed.
-template <int kDims, bool kVectors>
-HQ_INLINE void attend_rows(const PrefillRows& rows, const uint16_t* keys, const uint16_t* values, int first, int part,
+template <int kDims, bool kVectors, class Rows>
+HQ_INLINE void attend_rows(const PrefillRows& rows, const Rows& keys, const Rows& values, int first, int part,
     typename Way<kDims>::Tile& tile) {
     using P = Way<kDims>;
-    const int length = rows.last(first + P::kRows - 1) + 1;
-    PrefillCopy<kDims, P::kKeys, kVectors> key_copy;
-    typename P::template ValuesCopy<kVectors> value_copy;
+    const int begin = rows.first(first), length = rows.last(first + P::kRows - 1) + 1;
+    PrefillCopy<kDims, P::kKeys, kVectors, Rows> key_copy;
+    typename P::template ValuesCopy<kVectors, Rows> value_copy;
     key_copy.length = value_copy.length = length, key_copy.head_dim = value_copy.head_dim = rows.head_dim;
-    key_copy.begin(tile.keys, keys, 0);
+    // What is made of it is not kept for the rows that come next, where registers would run out.
+    key_copy.thread = value_copy.thread = P::kApart ? (int)opaque((uint32_t)thread_x()) : thread_x();
+    key_copy.begin(tile.keys, keys, begin);
     P product;
     product.begin(tile, rows, first, part);
 #pragma unroll 1
-    for (int from = 0; from < length; from += P::kKeys) {
-        if (!P::kApart && from) barrier();
+    for (int from = begin; from < length; from += P::kKeys) {
+        if (!P::kApart && from != begin) barrier();
         key_copy.finish(tile.keys, keys, from);
         barrier();
         value_copy.begin(tile.values, values, from);
@@ -247,9 +265,9 @@ HQ_INLINE void attend_rows(const PrefillRows& rows, const uint16_t* keys, const 
     product.finish(rows);
 }
 
-template <int kDims, bool kVectors>
+template <int kDims, bool kVectors, class Rows>
 HQ_INLINE void attend_block(
-    const PrefillRows& rows, const uint16_t* keys, const uint16_t* values, int first, typename Way<kDims>::Tile& tile) {
+    const PrefillRows& rows, const Rows& keys, const Rows& values, int first, typename Way<kDims>::Tile& tile) {
     using P = Way<kDims>;
     constexpr int kParts = kDims / P::kPart;
 #pragma unroll 1
@@ -267,24 +285,60 @@ HQ_INLINE void fill_rest(float* y, int first, int group, int ntokens, int n, int
         for (int i = n + thread_x(); i < n_padded; i += kPrefillThreads) y[(int64_t)token * n_padded + i] = 0;
 }
 
-// Block (head of keys, 64 rows): the last rows, which see most, come first.
-HQ_RESIDENT_KERNEL(128, 2)
-attention_prefill_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y, const int* position,
-    const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, int n_padded, float scale) {
-    HQ_SHARED PrefillTile tile;
-    let_next_begin();
-    wait_for_inputs();
-    const int head_kv = (int)block_x(), group = n_head / n_head_kv, nrows = ntokens * group;
+// What a kernel is given, beside the cache.
+struct PrefillPass {
+    const float* qkv;
+    float* y;
+    const int *position, *slot;
+    int n_head, n_head_kv, head_dim, n_context, ntokens, n_padded;
+    float scale, softcap;
+    int window;
+    const float* sinks;
+};
+
+template <class Rows>
+HQ_INLINE void attend_pass(const PrefillPass& p, const Rows& k_cache, const Rows& v_cache, PrefillTile& tile) {
+    const int head_kv = (int)block_x(), head_dim = p.head_dim, group = p.n_head / p.n_head_kv;
+    const int nrows = p.ntokens * group;
     const int first = ((nrows - 1) / kPrefillRows - (int)block_y()) * kPrefillRows;
-    const int64_t cache = ((int64_t)slot[0] * n_head_kv + head_kv) * n_context * head_dim;
+    const int64_t cache = ((int64_t)p.slot[0] * p.n_head_kv + head_kv) * p.n_context * head_dim;
     const int head = head_kv * group * head_dim;
-    if (head_kv == n_head_kv - 1) fill_rest(y, first, group, ntokens, n_head * head_dim, n_padded);
-    const PrefillRows rows{qkv + head, y + head, (n_head + 2 * n_head_kv) * head_dim, n_padded, group, head_dim, nrows,
-        position[0], scale * kLog2E};
-    const uint16_t *keys = k_cache + cache, *values = v_cache + cache;
-    if (head_dim % 8) attend_block<256, false>(rows, keys, values, first, tile.of_256);
-    else if (head_dim <= 64) attend_block<64, true>(rows, keys, values, first, tile.of_64);
+    if (head_kv == p.n_head_kv - 1) fill_rest(p.y, first, group, p.ntokens, p.n_head * head_dim, p.n_padded);
+    const PrefillRows rows{p.qkv + head, p.y + head, (p.n_head + 2 * p.n_head_kv) * head_dim, p.n_padded, group,
+        head_dim, nrows, p.position[0], p.scale * kLog2E, p.softcap * kLog2E,
+        p.window > 0 ? (uint32_t)p.window : 1u << 31, p.sinks ? p.sinks + head_kv * group : nullptr};
+    const Rows keys = k_cache.from(cache), values = v_cache.from(cache);
+    if constexpr (!Rows::kScaled)
+        if (head_dim % 8) return attend_block<256, false>(rows, keys, values, first, tile.of_256);
+    if (head_dim <= 64) attend_block<64, true>(rows, keys, values, first, tile.of_64);
     else if (head_dim <= 96) attend_block<96, true>(rows, keys, values, first, tile.of_96);
     else if (head_dim <= 128) attend_block<128, true>(rows, keys, values, first, tile.of_128);
     else attend_block<256, true>(rows, keys, values, first, tile.of_256);
+}
+
+// Block (head of keys, 64 rows): the last rows, which see most, come first. A token sees `window` positions up to its
+// own, or all (0); `sinks` are scores of the heads of queries, without values, or null.
+HQ_RESIDENT_KERNEL(128, 2)
+attention_prefill_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y, const int* position,
+    const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, int n_padded, float scale,
+    float softcap, int window, const float* sinks) {
+    HQ_SHARED PrefillTile tile;
+    let_next_begin();
+    wait_for_inputs();
+    const PrefillPass pass{qkv, y, position, slot, n_head, n_head_kv, head_dim, n_context, ntokens, n_padded, scale,
+        softcap, window, sinks};
+    attend_pass(pass, HalfRows{(uint16_t*)k_cache}, HalfRows{(uint16_t*)v_cache}, tile);
+}
+
+HQ_RESIDENT_KERNEL(128, 2)
+attention_prefill_q8_0(const float* qkv, const int8_t* k_cache, const int8_t* v_cache, const uint16_t* k_scales,
+    const uint16_t* v_scales, float* y, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim,
+    int n_context, int ntokens, int n_padded, float scale, float softcap, int window, const float* sinks) {
+    HQ_SHARED PrefillTile tile;
+    let_next_begin();
+    wait_for_inputs();
+    const PrefillPass pass{qkv, y, position, slot, n_head, n_head_kv, head_dim, n_context, ntokens, n_padded, scale,
+        softcap, window, sinks};
+    const Q8Rows keys{(int8_t*)k_cache, (uint16_t*)k_scales}, values{(int8_t*)v_cache, (uint16_t*)v_scales};
+    attend_pass(pass, keys, values, tile);
 }

@@ -10,15 +10,15 @@
 constexpr float kGreatestWeight = 15;
 
 // Values on their way to a tile in which a row is a dimension. A thread takes 8 dimensions of 4 keys at a time.
-template <int kDims, int kKeys, bool kVectors> struct TransposedCopy {
+template <int kDims, int kKeys, bool kVectors, class Rows> struct TransposedCopy {
     static constexpr int kFours = kKeys / 4, kItems = kFours * kDims / 8;
     static constexpr int kEach = (kItems + kPrefillThreads - 1) / kPrefillThreads;
-    int length, head_dim;
-    Words<16> ahead[kEach][4];
+    int length, head_dim, thread;
+    typename Rows::Piece ahead[kEach][4];
 
-    HQ_MEMBER static int item(int i) { return i * kPrefillThreads + thread_x(); }
-    HQ_MEMBER static bool there(int i) { return kItems % kPrefillThreads == 0 || item(i) < kItems; }
-    HQ_MEMBER void begin(TileRow<kKeys>*, const uint16_t* cache, int first) {
+    HQ_MEMBER int item(int i) const { return i * kPrefillThreads + thread; }
+    HQ_MEMBER bool there(int i) const { return kItems % kPrefillThreads == 0 || item(i) < kItems; }
+    HQ_MEMBER void begin(TileRow<kKeys>*, const Rows& cache, int first) {
 #pragma unroll
         for (int i = 0; i < kEach; i++)
 #pragma unroll
@@ -27,16 +27,19 @@ template <int kDims, int kKeys, bool kVectors> struct TransposedCopy {
                 ahead[i][j] = load_piece<kVectors>(cache, key, item(i) / kFours * 8, length, head_dim);
             }
     }
-    HQ_MEMBER void finish(TileRow<kKeys>* to, const uint16_t*, int) {
+    HQ_MEMBER void finish(TileRow<kKeys>* to, const Rows&, int) {
 #pragma unroll
         for (int i = 0; i < kEach; i++) {
             if (!there(i)) continue;
             TileRow<kKeys>* rows = to + item(i) / kFours * 8;
+            Words<16> halves[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) halves[j] = Rows::to_halves(ahead[i][j]);
 #pragma unroll
             for (int d = 0; d < 8; d++) {
                 uint32_t w[4];
 #pragma unroll
-                for (int j = 0; j < 4; j++) w[j] = ahead[i][j].w[d / 2] >> d % 2 * 16 & 0xFFFF;
+                for (int j = 0; j < 4; j++) w[j] = halves[j].w[d / 2] >> d % 2 * 16 & 0xFFFF;
                 store_vector<8>(rows[d].from(item(i) % kFours * 4), Words<8>{{w[0] | w[1] << 16, w[2] | w[3] << 16}});
             }
         }
@@ -49,7 +52,7 @@ template <int kDims, class Tiles> struct PrefillByTiles {
     static constexpr int kColumns = Tiles::kLanes / 32;      // times 16 rows of queries are a wave's
     static constexpr int kHeld = 256 / Tiles::kLanes;        // rows of a product that a lane has
     using Operand = Words<2 * Tiles::kDepth>;
-    template <bool kVectors> using ValuesCopy = TransposedCopy<kDims, kKeys, kVectors>;
+    template <bool kVectors, class Rows> using ValuesCopy = TransposedCopy<kDims, kKeys, kVectors, Rows>;
     struct Tile {
         TileRow<kDims> keys[kKeys];
         TileRow<kKeys> values[kDims];
@@ -59,16 +62,18 @@ template <int kDims, class Tiles> struct PrefillByTiles {
 
     Operand query[kColumns][kDims / 16];
     float sum[kColumns][kPart / 16][kHeld], score[kColumns][kKeys / 16][kHeld], top[kColumns], weights[kColumns];
-    int row, last[kColumns], lane, held, depth, part, shown;  // shown: keys that no row of the block is without
+    int row, last[kColumns], lane, held, depth, part;
+    Keys keys;
 
     HQ_MEMBER void begin(Tile&, const PrefillRows& rows, int first, int at) {
-        part = at, lane = thread_x() % Tiles::kLanes, shown = rows.last(first) + 1;
+        part = at, lane = (int)opaque((uint32_t)thread_x()) % Tiles::kLanes, keys.begin(rows, first, kRows);
         row = first + thread_x() / Tiles::kLanes * kColumns * 16 + lane % 16;
         held = lane / 16 * kHeld, depth = lane / 16 * Tiles::kDepth % 16;
 #pragma unroll
         for (int c = 0; c < kColumns; c++) {
             const float* from = rows.query(row + 16 * c);
-            top[c] = -infinity(), weights[c] = 0, last[c] = rows.last(row + 16 * c);
+            top[c] = rows.sink(row + 16 * c), weights[c] = lane < 16 ? exp2_approximate(kGreatestWeight) : 0;
+            last[c] = rows.last(row + 16 * c);
 #pragma unroll
             for (int k = 0; k < kDims / 16; k++)
 #pragma unroll
@@ -94,13 +99,14 @@ template <int kDims, class Tiles> struct PrefillByTiles {
         for (int k = 0; k < kDims / 16; k++)
 #pragma unroll
             for (int n = 0; n < kKeys / 16; n++) {
-                const Operand keys = load(tile.keys + 16 * n, 16 * k);
+                const Operand of_keys = load(tile.keys + 16 * n, 16 * k);
 #pragma unroll
-                for (int c = 0; c < kColumns; c++) multiply_tiles<Tiles>(score[c][n], keys, query[c][k]);
+                for (int c = 0; c < kColumns; c++) multiply_tiles<Tiles>(score[c][n], of_keys, query[c][k]);
             }
 #pragma unroll
         for (int c = 0; c < kColumns; c++) {
-            if (first + kKeys > shown) hide(c, first + held);
+            if (keys.cap != 0) soft_cap(c);
+            if (!keys.all_seen(first, kKeys)) hide(c, first + held);
             rescale(c);
         }
     }
@@ -108,7 +114,12 @@ template <int kDims, class Tiles> struct PrefillByTiles {
 #pragma unroll
         for (int n = 0; n < kKeys / 16; n++)
             for (int i = 0; i < kHeld; i++)
-                if (key + 16 * n + i > last[c]) score[c][n][i] = -infinity();
+                if (keys.hidden(key + 16 * n + i, last[c])) score[c][n][i] = kHidden;
+    }
+    HQ_MEMBER void soft_cap(int c) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 16; n++)
+            for (int i = 0; i < kHeld; i++) score[c][n][i] = soft_capped(score[c][n][i], keys.cap);
     }
     HQ_MEMBER static float other_team(float v) { return bits<float>(Tiles::other_team(bits<int>(v))); }
     // Scores of one of the lane's rows to weights.
@@ -159,6 +170,8 @@ template <int kDims, class Tiles> struct PrefillByTiles {
         }
     }
     HQ_MEMBER void finish(const PrefillRows& rows) {
+        // Computed again, not kept since begin(): registers run out.
+        const int row = (int)opaque((uint32_t)this->row), held = (int)opaque((uint32_t)this->held);
 #pragma unroll
         for (int c = 0; c < kColumns; c++) {
             weights[c] += shuffle_xor<16>(weights[c]);
