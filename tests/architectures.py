@@ -164,7 +164,7 @@ def write(path: Path, shape: Shape, kind: str) -> int:
         writer.add_tensor(name, raw, raw_dtype=type)
 
     for name, (rows, columns) in shape.matrices().items():
-        std = 0.5 if name == "token_embd" else columns**-0.5 * (1.7 if "attn_q" in name or "attn_k" in name else 1)
+        std = 0.5 if name == "token_embd" else columns**-0.5 * (1.3 if "attn_q" in name or "attn_k" in name else 1)
         add(f"{name}.weight", std * normal(name, rows, columns), kind)
         if name.rpartition(".")[2] in shape.biases:
             add(f"{name}.bias", 0.2 * normal(f"{name}.bias", rows))

@@ -71,12 +71,12 @@ class Keys:
             self.file.fail(f"key {self.name(key)!r} is {base}, expected a number above 1")
         return base
 
-    def windows(self, n_layer: int, period: int) -> tuple[int, ...]:
-        """The sliding window of each layer, 0 for those that attend to all positions.
+    def windows(self, n_layer: int, window: int, period: int) -> tuple[int, ...]:
+        """The sliding window of each layer, 0 for those that attend to all positions; with defaults.
 
         The pattern is a list with an entry a layer, or a period: its last layer has no window.
         """
-        window = self.size("attention.sliding_window", 0, MAX_CONTEXT, least=0)
+        window = self.size("attention.sliding_window", window, MAX_CONTEXT, least=0)
         name = self.name("attention.sliding_window_pattern")
         pattern = self.file.metadata.get(name, period)
         if isinstance(pattern, np.ndarray):

@@ -227,6 +227,10 @@ class Weights(ABC, Generic[L]):
             first += rows
         return self.products(s.n_embd, *parts)
 
+    def head_norm(self, s: Sizes, name: str) -> Buffer:
+        """The weight of the norm of queries or keys: values in the order of their matrix' rows."""
+        return self.vector(name, s.head_dim, neighbouring_pairs(s, 1))
+
     @abstractmethod
     def embedding(self, embedding: Matrix, k: int) -> Buffer:
         """A matrix as it lies in the file, for `get_rows`."""
