@@ -148,8 +148,8 @@ def tokens(n: int, n_vocab: int = 48) -> list[int]:
     return (np.random.PCG64(n).random_raw(n) % np.uint64(n_vocab)).astype(int).tolist()
 
 
-def write(path: Path, shape: Shape, kind: str) -> int:
-    """Writes a model with matrices of this type; a checksum of its tensors."""
+def write(path: Path, shape: Shape, kind: str, types: Mapping[str, str] | None = None) -> int:
+    """Writes a model with matrices of this type, but for those whose names `types` has; a checksum of its tensors."""
     writer = gguf.GGUFWriter(path, shape.architecture)
     writer.add_tokenizer_model("none")
     for key, value in _keys(shape).items():
@@ -165,8 +165,9 @@ def write(path: Path, shape: Shape, kind: str) -> int:
 
     for name, (rows, columns) in shape.matrices().items():
         std = 0.5 if name == "token_embd" else columns**-0.5 * (1.3 if "attn_q" in name or "attn_k" in name else 1)
-        add(f"{name}.weight", std * normal(name, rows, columns), kind)
-        if name.rpartition(".")[2] in shape.biases:
+        own = name.rpartition(".")[2]
+        add(f"{name}.weight", std * normal(name, rows, columns), (types or {}).get(own, kind))
+        if own in shape.biases:
             add(f"{name}.bias", 0.2 * normal(f"{name}.bias", rows))
     for name, n in shape.lengths().items():
         add(f"{name}.weight", 1 + 0.2 * normal(name, n))
@@ -190,7 +191,8 @@ def _keys(s: Shape) -> dict[str, Any]:
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](key, value)
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    add[type(value)](key, value)
 
 
 def figures(name: str, kind: str) -> tuple[int, F32Array]:

@@ -41,7 +41,8 @@ class Keys:
         name, file = self.name(key), self.file
         value = file.require(name, float) if default is None else file.get(name, float, default)
         if not 0 < value <= most:
-            file.fail(f"key {name!r} is {value}, expected a number above 0 and at most {most:g}; convert it again")
+            expected = f"expected a number above 0 and at most {most:g}"
+            file.fail(f"key {name!r} is {value}, {expected}; convert the model again")
         return value
 
     def softcap(self, key: str, default: float = 0.0) -> float:
