@@ -30,7 +30,7 @@ class Gemma2(Model):
             split_pairs=True,
             activation="gelu",
             embedding_scale=math.sqrt(c.n_embd),
-            attn_scale=(c.n_embd // c.n_head) ** -0.5 if c.n_layer == LAYERS_OF_27B else c.head_dim**-0.5,
+            attn_scale=(c.n_embd / c.n_head) ** -0.5 if c.n_layer == LAYERS_OF_27B else c.head_dim**-0.5,
             attn_softcap=keys.softcap("attn_logit_softcapping", ATTN_SOFTCAP),
             logit_softcap=keys.softcap("final_logit_softcapping", LOGIT_SOFTCAP),
             windows=keys.windows(c.n_layer, WINDOW, PERIOD),

@@ -29,7 +29,7 @@ class Gemma3(Model):
             split_pairs=True,
             activation="gelu",
             embedding_scale=math.sqrt(c.n_embd),
-            attn_scale=(c.n_embd // c.n_head) ** -0.5 if c.n_layer == LAYERS_OF_27B else c.head_dim**-0.5,
+            attn_scale=(c.n_embd / c.n_head) ** -0.5 if c.n_layer == LAYERS_OF_27B else c.head_dim**-0.5,
             logit_softcap=keys.softcap("final_logit_softcapping"),
             windows=keys.windows(c.n_layer, 0, PERIOD),
             local_rope=replace(c.rope, base=base, scaling="none", factor=1.0),

@@ -47,11 +47,11 @@ HQ_KERNEL(256) scale_rows_f32(float* x, int n, float scale) {
         if (i + j < n) x[i + j] *= scale;
 }
 
-// A series where e^2v - 1 would lose the digits of v.
-HQ_INLINE float tanh_(float v) {
-    const float squared = v * v;
+// cap tanh(v / cap); a series where e^2t - 1 would lose the digits of t.
+HQ_INLINE float softcapped(float v, float cap) {
+    const float t = v / cap, squared = t * t;
     if (squared < 0.04f) return v * (1 - squared * (1.0f / 3 - squared * (2.0f / 15 - squared * (17.0f / 315))));
-    return 1 - 2 / (exp_(2 * v) + 1);
+    return cap * (1 - 2 / (exp_(2 * t) + 1));
 }
 
 HQ_KERNEL(256) softcap_rows_f32(float* x, int n, float cap) {
@@ -59,7 +59,7 @@ HQ_KERNEL(256) softcap_rows_f32(float* x, int n, float cap) {
     wait_for_inputs();
     const int i = 4 * ((int)block_x() * 256 + thread_x());
     for (int j = 0; j < 4; j++)
-        if (i + j < n) x[i + j] = cap * tanh_(x[i + j] / cap);
+        if (i + j < n) x[i + j] = softcapped(x[i + j], cap);
 }
 
 HQ_KERNEL(256) quantize_q8(const float* x, void* q, int n_padded) {
