@@ -171,6 +171,15 @@ def test_what_a_transformer_needs_beside(at_end: bool, cpu: Device) -> None:
         for n in (1, 7, 40, 300):
             launch(cpu, norm, norm.grid(rows=2), floats(2 * n), floats(2 * n), floats(n), floats(2 * n), n, 1e-5)
             launch(cpu, silu, silu.grid(n=n), floats(n), floats(n), floats(n), n)
+            layer_norm, gelu = wiring.kernel("add_layer_norm_f32"), wiring.kernel("gelu_mul_f32")
+            vectors = floats(n), floats(n)
+            for y in (floats(2 * n), None):
+                launch(cpu, layer_norm, layer_norm.grid(rows=2), floats(2 * n), floats(2 * n), *vectors, y, n, 1e-5)
+            for up in (floats(n), None):
+                launch(cpu, gelu, gelu.grid(n=n), floats(n), up, floats(n), n)
+            for name in ("scale_f32", "softcap_f32"):
+                each = wiring.kernel(name)
+                launch(cpu, each, each.grid(n=n), floats(n), n, 2.0)
             bias = wiring.kernel("add_bias_f32")
             launch(cpu, bias, bias.grid(rows=2), floats(2 * n), floats(n), n)
             read = wiring.kernel("read_bytes")

@@ -145,6 +145,57 @@ def test_norm_of_zeros_and_nan(simulator: Simulator | Emulator, rng: np.random.G
     check_outputs(run, 3, 64, expected)
 
 
+@pytest.mark.parametrize(("rows", "n"), [(1, 32), (3, 96), (2, 8192 + 4096 + 32), (2, 576)])
+def test_norm_of_a_normed_branch(simulator: Simulator | Emulator, rng: np.random.Generator, rows: int, n: int) -> None:
+    """x += branch / rms(branch) * post, and then the norm of x."""
+    x, branch, post, weight = normal(rng, rows, n), normal(rng, rows, n), normal(rng, n), normal(rng, n)
+    branch[-1] *= 300
+    added = x + rms_norm(branch, post, 1e-5)
+
+    def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
+        stream = x.copy()
+        params = stream, branch, post, weight, y, q, n, n_padded, 1e-5
+        launch(simulator, "add_normed_rms_norm_q8", {"rows": rows}, *params)
+        assert_close(stream, added)
+
+    check_outputs(run, rows, n, rms_norm(added, weight, 1e-5), 4e-6)
+
+
+def layer_norm(x: Floats, weight: Floats, bias: Floats, eps: float) -> Wide:
+    v = x.astype(np.float64)
+    return (v - v.mean(-1, keepdims=True)) / np.sqrt(v.var(-1, keepdims=True) + eps) * weight + bias
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize(("rows", "n"), [(1, 32), (3, 96), (2, 8192 + 4096 + 32), (2, 576)])
+def test_layer_norm(
+    simulator: Simulator | Emulator, rng: np.random.Generator, rows: int, n: int, with_residual: bool
+) -> None:
+    x, residual, weight, bias = 5 + normal(rng, rows, n), normal(rng, rows, n), normal(rng, n), normal(rng, n)
+    x[-1] *= 30
+    sum = x + residual if with_residual else x
+
+    def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
+        stream = x.copy()
+        params = stream, residual if with_residual else NULL, weight, bias, y, q, n, n_padded, 1e-5
+        launch(simulator, "add_layer_norm_q8", {"rows": rows}, *params)
+        np.testing.assert_array_equal(stream, sum)
+
+    check_outputs(run, rows, n, layer_norm(sum, weight, bias, 1e-5), 4e-6)
+    run(NULL, NULL, padded(n))  # only adds
+
+
+@pytest.mark.parametrize("n", [1, 7, 258, 1023])
+def test_further_norms_of_any_length(simulator: Simulator | Emulator, rng: np.random.Generator, n: int) -> None:
+    x, residual, weight, other, y = normal(rng, 3, n), normal(rng, 3, n), normal(rng, n), normal(rng, n), poison(3, n)
+    stream = x.copy()
+    launch(simulator, "add_layer_norm_q8", {"rows": 3}, stream, residual, weight, other, y, NULL, n, n, 1e-6)
+    assert_close(y, layer_norm(x + residual, weight, other, 1e-6), 4e-6)
+    stream = x.copy()
+    launch(simulator, "add_normed_rms_norm_q8", {"rows": 3}, stream, residual, other, weight, y, NULL, n, n, 1e-6)
+    assert_close(y, rms_norm(x + rms_norm(residual, other, 1e-6), weight, 1e-6), 4e-6)
+
+
 # RoPE and the KV cache
 
 
@@ -494,6 +545,39 @@ def test_silu_is_exact_where_it_is_small(simulator: Simulator | Emulator) -> Non
     exact = gate.astype(np.float64)
     np.testing.assert_allclose(y[0], exact / (1 + np.exp(-exact)), rtol=1e-6)
     assert np.isnan(y[0, 0])
+
+
+def gelu(x: npt.NDArray[np.floating]) -> Wide:
+    """In the tanh form."""
+    v = x.astype(np.float64)
+    return v / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (v + 0.044715 * v**3)))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("rows", "n"), [(1, 32), (3, 96), (2, 1024 + 32)])
+def test_gelu(simulator: Simulator | Emulator, rng: np.random.Generator, rows: int, n: int, gated: bool) -> None:
+    x = 2 * normal(rng, rows, 2 * n if gated else n)
+    x[:, :16] = np.linspace(-120, 120, 16)
+    x[-1, n - 1] = np.nan
+    expected = gelu(x[:, :n]) * (x[:, n:] if gated else 1)
+
+    def run(y: Floats | int, q: Bytes | int, n_padded: int) -> None:
+        name = "gelu_mul_q8" if gated else "gelu_q8"
+        launch(simulator, name, {"n_padded": n_padded, "rows": rows}, x, y, q, n, n_padded)
+
+    check_outputs(run, rows, n, expected, 1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 7, 1024, 3001])
+def test_scale_and_softcap(simulator: Simulator | Emulator, rng: np.random.Generator, n: int) -> None:
+    """Soft-capping keeps the digits of small values, and NaN."""
+    x = (normal(rng, n) * 10.0 ** rng.uniform(-6, 3, n)).astype(np.float32)
+    x[-1] = np.nan if n > 7 else 1.0
+    found = x.copy()
+    launch(simulator, "scale_rows_f32", {"n": n}, found, n, 5.5)
+    np.testing.assert_array_equal(found, x * np.float32(5.5))
+    launch(simulator, "softcap_rows_f32", {"n": n}, x, n, 30.0)
+    np.testing.assert_allclose(x, 30 * np.tanh(found / 5.5 / 30), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("rows", "n"), [(1, 32), (3, 70), (2, 1024 + 32)])

@@ -246,6 +246,12 @@ def _cpu_engine() -> Iterator[Kernel]:
         lambda rows: (rows, 1, 1),
     )
     yield kernel(
+        "add_layer_norm_f32",
+        "norm",
+        "float* x, const float* residual, const float* weight, const float* bias, float* y, int n, float eps",
+        lambda rows: (rows, 1, 1),
+    )
+    yield kernel(
         "rope_store_kv",
         "rope",
         "float* q, float* k, const float* v, uint16_t* k_cache, uint16_t* v_cache, const float* rope,"
@@ -267,6 +273,14 @@ def _cpu_engine() -> Iterator[Kernel]:
         "const float* gate, const float* up, float* y, int n",
         lambda n: (_ceil(n, 1024), 1, 1),
     )
+    yield kernel(
+        "gelu_mul_f32",
+        "activation",
+        "const float* gate, const float* up, float* y, int n",
+        lambda n: (_ceil(n, 1024), 1, 1),
+    )
+    for name, value in (("scale_f32", "float scale"), ("softcap_f32", "float cap")):
+        yield kernel(name, "activation", f"float* x, int n, {value}", lambda n: (_ceil(n, 1024), 1, 1))
     yield kernel(
         "read_bytes",
         "read",
@@ -307,6 +321,12 @@ def _gpu_engine() -> Iterator[Kernel]:
         (1024, 1, 1),
         lambda rows: (rows, 1, 1),
     )
+    for name, args in (
+        ("add_layer_norm_q8", "const float* residual, const float* weight, const float* bias"),
+        ("add_normed_rms_norm_q8", "const float* branch, const float* post, const float* weight"),
+    ):
+        tail = "float* y, void* q, int n, int n_padded, float eps"
+        yield kernel(name, f"float* x, {args}, {tail}", (1024, 1, 1), lambda rows: (rows, 1, 1))
     for cache_type in CACHE_TYPES:
         scales = ", uint16_t* k_scales, uint16_t* v_scales" if cache_type == "q8_0" else ""
         values = "int8_t*" if scales else "uint16_t*"
@@ -336,12 +356,15 @@ def _gpu_engine() -> Iterator[Kernel]:
             (128, 1, 1),
             lambda n_head, n_head_kv, ntokens: (n_head_kv, _ceil(ntokens * (n_head // n_head_kv), 64), 1),
         )
-    yield kernel(
-        "silu_mul_q8",
-        "const float* gate_up, float* y, void* q, int n, int n_padded",
-        (256, 1, 1),
-        lambda n_padded, rows: (_ceil(n_padded, 1024), rows, 1),
-    )
+    for name, source in (("silu_mul_q8", "gate_up"), ("gelu_mul_q8", "gate_up"), ("gelu_q8", "x")):
+        yield kernel(
+            name,
+            f"const float* {source}, float* y, void* q, int n, int n_padded",
+            (256, 1, 1),
+            lambda n_padded, rows: (_ceil(n_padded, 1024), rows, 1),
+        )
+    for name, value in (("scale_rows_f32", "float scale"), ("softcap_rows_f32", "float cap")):
+        yield kernel(name, f"float* x, int n, {value}", (256, 1, 1), lambda n: (_ceil(n, 1024), 1, 1))
     yield kernel(
         "quantize_q8",
         "const float* x, void* q, int n_padded",

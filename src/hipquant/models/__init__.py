@@ -1,8 +1,9 @@
-"""Models by architecture: one file each, `Config` + `Model`, on the layers of `layers.py`."""
+"""Models by architecture: one file each, named as `general.architecture` says, on the layers of `layers.py`."""
 
 from __future__ import annotations
 
 import os
+import pkgutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,8 @@ from ..tokenizer import has_vocabulary
 from ..wiring import CACHE_TYPES
 from .model import Model
 
-ARCHITECTURES = {"llama": "llama"}  # general.architecture -> module
+SHARED = {"config", "cpu", "gpu", "gpu_weights", "layers", "model"}  # every other module is an architecture
+ARCHITECTURES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED))
 DEFAULT_SEQUENCES = 4
 DEMO = Path(__file__).parent.parent / "demo" / "demo.gguf"
 
@@ -65,7 +67,7 @@ def load(
             f"{file.path}: architecture {architecture!r} is not known; there are: {', '.join(ARCHITECTURES)}"
         )
     _check_vocabulary(file)
-    model: Model = import_module(f".{ARCHITECTURES[architecture]}", __name__).load(
+    model: Model = import_module(f".{architecture}", __name__).load(
         file, on, context, sequences, progress, cache_type
     )
     return model

@@ -16,6 +16,7 @@ from .layers import MAX_CAPTURED, PART, Blocks, Floats, Kernels, Layer, Matrix, 
 ALIGNMENT = 64  # of a tensor's place
 TILE_BYTES = 44  # of 32 activations in a q8 tile: d, two sums, 32 bytes (kernels/cpu/tile.h)
 TILE_COLUMNS = 16
+MAX_PARTS = 3  # matrices that a tensor holds: queries, keys and values
 CHUNK = 128  # tokens of one forward pass
 
 
@@ -68,40 +69,44 @@ class CpuWeights(Weights[tuple[Linear, ...]]):
         if free is not None and self._total > free:
             raise OutOfDeviceMemoryError(self._total, free, f"the weights of {file.path.name}")
         # One place for all, so that it comes in huge pages throughout; what is not used is never touched.
-        padding = sum(PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT for t in file.tensors.values())
+        each = sum(PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT for t in file.tensors.values())
+        padding = MAX_PARTS * each
         self._place, self._used = device.allocate(self._total + padding, f"the weights of {file.path.name}"), 0
 
-    def embedding(self, name: str, rows: int, k: int) -> Buffer:
+    def embedding(self, embedding: Matrix, k: int) -> Buffer:
         """Mapped, not copied."""
-        info = self.info(name, (rows, k))
+        info = self.info_of(embedding, k)
         self._check_type(info)
-        for _, _, part in self._checked_parts(info, max(1, PART // info.type.row_bytes(k)), k):
+        for _, _, part in self._checked_parts(embedding, max(1, PART // info.type.row_bytes(k)), k):
             self._count(part.nbytes, 0)
-        return self.device.upload(self.file.data(name))
+        return self.device.upload(self.file.data(embedding.name))
 
-    def blocks(self, sizes: Sizes, embedding: str, output: str, sequences: int, context: int) -> CpuBlocks:
+    def blocks(self, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int) -> CpuBlocks:
         return CpuBlocks(self, sizes, embedding, output, sequences, context)
 
     def products(self, k: int, *matrices: Matrix) -> tuple[Linear, ...]:
         """Quantized types are packed, part by part, and their mapping is let go."""
-        return tuple(self._linear(name, rows, k, bias) for name, rows, bias in matrices)
+        return tuple(self._linear(m, k) for m in matrices)
 
-    def _linear(self, name: str, rows: int, k: int, bias: str | None) -> Linear:
-        info = self.info(name, (rows, k))
+    def _linear(self, m: Matrix, k: int) -> Linear:
+        info, bias = self.info_of(m, k), self.bias(m)
         self._check_type(info)
-        if info.type in FLOAT_TYPES:
-            self.file.check_scales(name)
-            weights = self.device.upload(self.file.data(name))
-            self._count(info.nbytes, info.nbytes)
-        else:
-            weights = self._pack(info, rows, k)
-        return Linear(self.kernels, info.type, rows, k, weights, self.optional_vector(bias, rows) if bias else None)
+        weights = self._floats_of(m, info, k) if info.type in FLOAT_TYPES else self._pack(m, info, k)
+        to_add = self.device.upload(bias) if bias is not None else None
+        return Linear(self.kernels, info.type, m.rows, k, weights, to_add)
 
-    def _pack(self, info: TensorInfo, rows: int, k: int) -> Buffer:
+    def _floats_of(self, m: Matrix, info: TensorInfo, k: int) -> Buffer:
+        """Mapped, or copied where the order is another one."""
+        self.file.check_scales(m.name)
+        rows = self.file.data(m.name).reshape(-1, info.type.row_bytes(k))[m.first : m.first + m.rows]
+        self._count(rows.nbytes, rows.nbytes)
+        return self.device.upload(rows if m.order is None else rows[m.order])
+
+    def _pack(self, m: Matrix, info: TensorInfo, k: int) -> Buffer:
         kernel, row_bytes = wiring.find("pack", info.type), info.type.row_bytes(k)
-        packed = self._take(-(-rows // PACK_ROWS) * PACK_ROWS * row_bytes)
+        packed = self._take(-(-m.rows // PACK_ROWS) * PACK_ROWS * row_bytes)
         step = max(PACK_ROWS, PART // row_bytes // PACK_ROWS * PACK_ROWS)
-        for first, n, part in self._checked_parts(info, step, k):
+        for first, n, part in self._checked_parts(m, step, k):
             self.kernels(kernel, kernel.grid(nrows=n), part, packed.address + first * row_bytes, k, n)
             self._count(part.nbytes, part.nbytes)
         return packed
@@ -117,16 +122,20 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
     """The blocks of a model on the CPU. The layout of the KV cache is the kernels' own (kernels/cpu/kv_cache.h)."""
 
     def __init__(
-        self, weights: CpuWeights, sizes: Sizes, embedding: str, output: str, sequences: int, context: int
+        self, weights: CpuWeights, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int
     ) -> None:
         s, device = sizes, weights.device
         if s.cache_type != "f16":
             raise ValueError(f"the KV cache of the CPU is f16, not {s.cache_type}: leave it so, or use a GPU")
         super().__init__(weights, s, embedding, CHUNK, sequences, context)
-        self.embedding = weights.embedding(embedding, s.n_vocab, s.n_embd)
-        (self.unembedding,) = weights.products(s.n_embd, Matrix(output, s.n_vocab))
+        self.embedding = weights.embedding(embedding, s.n_embd)
+        (self.unembedding,) = weights.products(s.n_embd, output)
         self.table = device.allocate(self.rope_table.nbytes, "the RoPE table")
         self.table.write(self.rope_table)
+        self.local_table = self.table
+        if self.local_rope_table is not None:
+            self.local_table = device.allocate(self.local_rope_table.nbytes, "the RoPE table of layers with a window")
+            self.local_table.write(self.local_rope_table)
         each = 2 * sequences * s.n_head_kv * self.n_context * s.head_dim
         self.keys, self.values = (
             [device.allocate(each, "the KV cache", sparse=True) for _ in range(s.n_layer)] for _ in range(2)
@@ -144,41 +153,66 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         self.logits = device.allocate(4 * s.n_vocab * MAX_CAPTURED, "logits")
 
     def embed(self, n: int) -> None:
-        self.branched = False  # whether there is a branch that the next norm adds to the residual stream
+        self.pending: Buffer | None = None  # a branch that the next norm adds to the residual stream
         get_rows, k = wiring.find("get_rows", self.embedding_type), self.sizes.n_embd
         row_bytes = self.embedding_type.row_bytes(k)
         self.kernels(get_rows, get_rows.grid(nids=n, k=k), self.embedding, self.tokens, self.x, k, row_bytes)
+        if self.sizes.embedding_scale != 1:
+            scale = wiring.kernel("scale_f32")
+            self.kernels(scale, scale.grid(n=n * k), self.x, n * k, self.sizes.embedding_scale)
 
-    def _norm(self, weight: Buffer, n: int) -> None:
+    def _norm(self, weight: Buffer, n: int, bias: Buffer | None = None) -> None:
         """What the last branch gave is added to the residual stream on the way."""
-        kernel, s = wiring.kernel("add_rms_norm_f32"), self.sizes
-        branch = self.branch if self.branched else None
-        self.kernels(kernel, kernel.grid(rows=n), self.x, branch, weight, self.normed.floats, s.n_embd, s.eps)
-        self.branched = True
+        s, weights = self.sizes, (weight, bias) if self.sizes.layer_norm else (weight,)
+        kernel = wiring.kernel("add_layer_norm_f32" if s.layer_norm else "add_rms_norm_f32")
+        to = self.normed.floats, s.n_embd, s.eps
+        self.kernels(kernel, kernel.grid(rows=n), self.x, self.pending, *weights, *to)
+        self.pending = None
+
+    def _set_branch(self, matrices: tuple[Linear, ...], x: Activations, n: int, post_norm: Buffer | None) -> None:
+        """The product becomes what the next norm adds; normed itself, where there is a post-norm."""
+        s, kernel = self.sizes, wiring.kernel("add_rms_norm_f32")
+        _multiply(matrices, x, n, self.branch)
+        if post_norm is not None:
+            self.kernels(kernel, kernel.grid(rows=n), self.branch, None, post_norm, self.branch, s.n_embd, s.eps)
+        self.pending = self.branch
 
     def attention(self, layer: Layer[tuple[Linear, ...]], i: int, n: int) -> None:
         s, rope, attention = self.sizes, wiring.kernel("rope_store_kv"), wiring.kernel("attention_f16")
-        self._norm(layer.attn_norm, n)
+        self._norm(layer.attn_norm, n, layer.attn_norm_bias)
+        table = self.local_table if layer.window else self.table
         _multiply(layer.qkv, self.normed, n, self.q, self.k, self.v)
         where = (self.keys[i], self.values[i])
         heads = (s.n_head, s.n_head_kv, s.head_dim)
         tokens = (self.positions, self.slots)
-        self.kernels(rope, rope.grid(ntokens=n), self.q, self.k, self.v, *where, self.table, *tokens, *heads,
+        self.kernels(rope, rope.grid(ntokens=n), self.q, self.k, self.v, *where, table, *tokens, *heads,
                      s.rope.n_rot, self.n_context, layer.q_norm, layer.k_norm, s.eps)  # fmt: skip
         self.kernels(attention, attention.grid(n_head_kv=s.n_head_kv, ntokens=n), self.q, *where,
                      self.attended.floats, *tokens, *heads, self.n_context, s.score_scale, s.attn_softcap,
                      layer.window, layer.sinks)  # fmt: skip
-        _multiply(layer.attn_output, self.attended, n, self.branch)
+        self._set_branch(layer.attn_output, self.attended, n, layer.attn_post_norm)
 
     def feed_forward(self, layer: Layer[tuple[Linear, ...]], n: int) -> None:
-        silu, count = wiring.kernel("silu_mul_f32"), n * self.sizes.n_ff
-        self._norm(layer.ffn_norm, n)
-        _multiply(layer.gate_up, self.normed, n, self.gate, self.up)
-        self.kernels(silu, silu.grid(n=count), self.gate, self.up, self.gated.floats, count)
-        _multiply(layer.down, self.gated, n, self.branch)
+        s, count = self.sizes, n * self.sizes.n_ff
+        kernel = wiring.kernel("silu_mul_f32" if s.activation == "silu" else "gelu_mul_f32")
+        if layer.ffn_norm is not None:
+            self._norm(layer.ffn_norm, n)
+        else:
+            self._add_pending(layer, n)
+        _multiply(layer.gate_up, self.normed, n, *((self.gate, self.up) if s.gated else (self.up,)))
+        gated = (self.gate, self.up) if s.gated else (self.up, None)
+        self.kernels(kernel, kernel.grid(n=count), *gated, self.gated.floats, count)
+        self._set_branch(layer.down, self.gated, n, layer.ffn_post_norm)
 
-    def finish(self, norm: Buffer, n: int) -> None:
-        self._norm(norm, n)
+    def _add_pending(self, layer: Layer[tuple[Linear, ...]], n: int) -> None:
+        """The branch is added to the residual stream, and what is normed stays."""
+        kernel, s = wiring.kernel("add_layer_norm_f32"), self.sizes
+        weights = layer.attn_norm, layer.attn_norm_bias
+        self.kernels(kernel, kernel.grid(rows=n), self.x, self.pending, *weights, None, s.n_embd, s.eps)
+        self.pending = None
+
+    def finish(self, norm: Buffer, n: int, bias: Buffer | None = None) -> None:
+        self._norm(norm, n, bias)
 
     def output(self, first: int, n: int) -> None:
         self._output(first, n, self.logits)
@@ -190,6 +224,9 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         if self.unembedding.quantized:
             self.normed.quantize(n, first)
         self.unembedding(self.normed, to, n, first)
+        if cap := self.sizes.logit_softcap:
+            kernel, count = wiring.kernel("softcap_f32"), n * self.sizes.n_vocab
+            self.kernels(kernel, kernel.grid(n=count), to, count, cap)
 
 
 def _multiply(matrices: tuple[Linear, ...], x: Activations, n: int, *to: Buffer) -> None:

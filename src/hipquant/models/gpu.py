@@ -19,6 +19,7 @@ from .layers import MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Sizes
 CHUNK = 512  # tokens of one forward pass
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 64  # of the positions of a sequence
+ACTIVATIONS = {("silu", True): "silu_mul_q8", ("gelu", True): "gelu_mul_q8", ("gelu", False): "gelu_q8"}
 BLOCKS_TO_UNIT = 2  # attention blocks that there shall be for a compute unit in a short pass
 
 
@@ -35,7 +36,7 @@ class GpuBlocks(Blocks[Products]):
     device_sampling = True
 
     def __init__(
-        self, weights: GpuWeights, sizes: Sizes, embedding: str, output: str, sequences: int, context: int
+        self, weights: GpuWeights, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int
     ) -> None:
         s, device = sizes, weights.device
         if s.head_dim > MAX_HEAD_DIM or s.head_dim % 2:
@@ -65,12 +66,17 @@ class GpuBlocks(Blocks[Products]):
         for name in ("counters", "sampling's work", *(n for n in parts if "," in n)):
             parts[name].fill(0, self.kernels.stream)
         self.table.write(self.rope_table)
+        self.local_table = self.table
+        if self.local_rope_table is not None:
+            self.local_table = parts["local rope"]
+            self.local_table.write(self.local_rope_table)
         self._read = device.allocate_host(self.logits.nbytes).view(np.float32)
         self.samples = device.allocate_host(4 * SAMPLES * sequences).view(np.int32).reshape(sequences, SAMPLES)
         self._staged_sampling = device.allocate_host(4 * (STATE_WORDS + self.n_context)).view(np.int32)
-        self.embedding = weights.embedding(embedding, s.n_vocab, s.n_embd)
-        self.unembedding = weights.products(s.n_embd, Matrix(output, s.n_vocab))
+        self.embedding = weights.embedding(embedding, s.n_embd)
+        self.unembedding = weights.products(s.n_embd, output)
         self._branch: Callable[[Epilogue], None] | None = None
+        self._post_norm: Buffer | None = None  # of the branch
 
     @staticmethod
     def _activations(s: Sizes) -> tuple[tuple[str, int], ...]:
@@ -102,6 +108,8 @@ class GpuBlocks(Blocks[Products]):
             "sampling's tokens": 4 * n_context * sequences,
             "sampling's work": 4 * MAX_CAPTURED * work_words(s.n_vocab),
         }
+        if s.local_rope is not None:
+            parts["local rope"] = 4 * n_context * s.local_rope.n_rot
         for name, k in self._activations(s):
             parts[f"{name}, planes"] = CHUNK * activation_bytes(padded(k))
             parts[f"{name}, floats"] = 4 * CHUNK * padded(k)
@@ -145,43 +153,68 @@ class GpuBlocks(Blocks[Products]):
             rows = wiring.find("get_rows_planes", type)
             grid = rows.grid(nids=n, units=plane_units(k))
             self.kernels(rows, grid, self.embedding, self.tokens, self.x, k, self.sizes.n_vocab)
+        if self.sizes.embedding_scale != 1:
+            scale = wiring.kernel("scale_rows_f32")
+            self.kernels(scale, scale.grid(n=n * k), self.x, n * k, self.sizes.embedding_scale)
 
-    def _norm(self, weight: Buffer, n: int, products: Products) -> None:
+    def _norm(self, weight: Buffer, n: int, products: Products, *beside: Products, bias: Buffer | None = None) -> None:
         """The last branch is added to the residual stream, and normed for the products that come next."""
         s, x = self.sizes, self.normed
-        floats, planes = products.wants(x)
-        if self._branch is not None and n <= MAX_CAPTURED:
+        floats, planes = products.wants(x, *beside)
+        if self._branch is not None and n <= MAX_CAPTURED and not s.layer_norm and self._post_norm is None:
             x.squares = self.squares
             norm = weight, floats, planes, self.squares, x.n_padded
             self._branch(Epilogue(EpilogueKind.ADD_AND_NORM, s.n_embd, norm=norm))
             return
-        residual = None
-        if self._branch is not None:
+        x.squares, to = None, (floats, planes, s.n_embd, x.n_padded, s.eps)
+        if s.layer_norm:
+            self._launch_norm("add_layer_norm_q8", n, self._added_branch(weight, n), weight, bias, *to)
+        elif self._branch is not None and self._post_norm is not None:
             self._branch(Epilogue())
-            residual = self.branch
-        x.squares, kernel = None, wiring.kernel("add_rms_norm_q8")
-        grid = kernel.grid(rows=n)
-        self.kernels(kernel, grid, self.x, residual, weight, floats, planes, s.n_embd, x.n_padded, s.eps)
+            self._launch_norm("add_normed_rms_norm_q8", n, self.branch, self._post_norm, weight, *to)
+        else:
+            if self._branch is not None:
+                self._branch(Epilogue())
+            self._launch_norm("add_rms_norm_q8", n, self.branch if self._branch else None, weight, *to)
 
-    def _set_branch(self, products: Products, x: Activations, n: int) -> None:
+    def _launch_norm(self, name: str, n: int, *params: object) -> None:
+        kernel = wiring.kernel(name)
+        self.kernels(kernel, kernel.grid(rows=n), self.x, *params)
+
+    def _added_branch(self, weight: Buffer, n: int) -> Buffer | None:
+        """The last branch, where it is not yet added to the residual stream, as it is in a short pass: by the product
+        that also norms, for nobody."""
+        if self._branch is None:
+            return None
+        if n > MAX_CAPTURED:
+            self._branch(Epilogue())
+            return self.branch
+        norm = weight, None, None, self.squares, self.normed.n_padded
+        self._branch(Epilogue(EpilogueKind.ADD_AND_NORM, self.sizes.n_embd, norm=norm))
+        return None
+
+    def _set_branch(self, products: Products, x: Activations, n: int, post_norm: Buffer | None) -> None:
         """What is added to the residual stream is multiplied when it is known what becomes of it."""
 
         def launch(epilogue: Epilogue) -> None:
             if n <= MAX_CAPTURED:
-                products.few(x, self.x, n, epilogue=epilogue)
+                to = self.x if epilogue.kind == EpilogueKind.ADD_AND_NORM else self.branch
+                products.few(x, to, n, epilogue=epilogue)
             else:
                 products.many(x, self.branch, n)
 
-        self._branch = launch
+        self._branch, self._post_norm = launch, post_norm
 
     def attention(self, layer: Layer[Products], i: int, n: int) -> None:
         s = self.sizes
-        self._norm(layer.attn_norm, n, layer.qkv)
+        beside = (layer.gate_up,) if layer.ffn_norm is None else ()
+        self._norm(layer.attn_norm, n, layer.qkv, *beside, bias=layer.attn_norm_bias)
+        table = self.local_table if layer.window else self.table
         each = [part.nbytes // s.n_layer for part in self.cache]
         cache = tuple(part.view(i * nbytes, nbytes) for part, nbytes in zip(self.cache, each, strict=True))
         heads, tokens = (s.n_head, s.n_head_kv, s.head_dim), self._tokens
         into = layer.attn_output.wants(self.attended)
-        rope = *cache, self.table, *tokens, *heads, s.rope.n_rot, self.n_context
+        rope = *cache, table, *tokens, *heads, s.rope.n_rot, self.n_context
         fused = s.cache_type == "f16" and layer.q_norm is None and layer.k_norm is None
         if n <= MAX_CAPTURED and fused:
             layer.qkv.few(self.normed, self.qkv, n, epilogue=Epilogue(EpilogueKind.ROPE_AND_STORE, rope=rope))
@@ -191,7 +224,7 @@ class GpuBlocks(Blocks[Products]):
             grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
             self.kernels(kernel, grid, self.qkv, *rope, layer.q_norm, layer.k_norm, s.eps)
         (self._attend_few if n <= MAX_CAPTURED else self._attend_many)(layer, cache, n, into)
-        self._set_branch(layer.attn_output, self.attended, n)
+        self._set_branch(layer.attn_output, self.attended, n, layer.attn_post_norm)
 
     def _attend_few(
         self, layer: Layer[Products], cache: tuple[Buffer, ...], n: int, into: tuple[Buffer | None, Buffer | None]
@@ -236,24 +269,31 @@ class GpuBlocks(Blocks[Products]):
 
     def feed_forward(self, layer: Layer[Products], n: int) -> None:
         s, x = self.sizes, self.gated
-        self._norm(layer.ffn_norm, n, layer.gate_up)
+        if layer.ffn_norm is not None:
+            self._norm(layer.ffn_norm, n, layer.gate_up)
+        elif (branch := self._added_branch(layer.attn_norm, n)) is not None:
+            nothing = layer.attn_norm, layer.attn_norm_bias, None, None, s.n_embd, self.normed.n_padded, s.eps
+            self._launch_norm("add_layer_norm_q8", n, branch, *nothing)
         floats, planes = layer.down.wants(x)
-        if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1:
+        if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1 and s.activation == "silu":
             gate = planes, x.n_padded
             layer.gate_up.few(self.normed, x.floats, n, epilogue=Epilogue(EpilogueKind.GATE, x.n_padded, gate=gate))
         else:
             (layer.gate_up.few if n <= MAX_CAPTURED else layer.gate_up.many)(self.normed, self.gate_up, n)
-            silu = wiring.kernel("silu_mul_q8")
-            grid = silu.grid(n_padded=x.n_padded, rows=n)
-            self.kernels(silu, grid, self.gate_up, floats, planes, s.n_ff, x.n_padded)
-        self._set_branch(layer.down, x, n)
+            kernel = wiring.kernel(ACTIVATIONS[s.activation, s.gated])
+            grid = kernel.grid(n_padded=x.n_padded, rows=n)
+            self.kernels(kernel, grid, self.gate_up, floats, planes, s.n_ff, x.n_padded)
+        self._set_branch(layer.down, x, n, layer.ffn_post_norm)
 
-    def finish(self, norm: Buffer, n: int) -> None:
-        self._norm(norm, n, self.unembedding)
+    def finish(self, norm: Buffer, n: int, bias: Buffer | None = None) -> None:
+        self._norm(norm, n, self.unembedding, bias=bias)
         self._branch = None
 
     def output(self, first: int, n: int) -> None:
         self.unembedding.few(self.normed, self.logits, n, first)
+        if cap := self.sizes.logit_softcap:
+            kernel, count = wiring.kernel("softcap_rows_f32"), n * self.sizes.n_vocab
+            self.kernels(kernel, kernel.grid(n=count), self.logits, count, cap)
 
     def read_output(self, first: int, logits: Floats) -> None:
         for at in range(0, len(logits), MAX_CAPTURED):

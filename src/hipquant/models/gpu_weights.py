@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .gpu import GpuBlocks
 
 ALIGNMENT = 256  # of a tensor, of a part of the blocks' memory
+Part = tuple[Matrix, TensorInfo]  # a matrix, and the tensor that it lies in
 
 
 def aligned(nbytes: int) -> int:
@@ -97,10 +98,10 @@ class Products:
         self.processors = self.kernels.device.compute_units
         self.rows = sum(run.rows for run in self.runs)
 
-    def wants(self, x: Activations) -> tuple[Buffer | None, Buffer | None]:
-        """Where their activations must be made: as floats, in planes, or both."""
-        float_ones = any(not run.quantized for run in self.runs)
-        return x.floats if float_ones else None, x.planes if any(run.quantized for run in self.runs) else None
+    def wants(self, x: Activations, *beside: Products) -> tuple[Buffer | None, Buffer | None]:
+        """Where their activations, and those of others, must be made: as floats, in planes, or both."""
+        quantized = {run.quantized for products in (self, *beside) for run in products.runs}
+        return x.floats if False in quantized else None, x.planes if True in quantized else None
 
     def few(self, x: Activations, dst: Buffer, n: int, first: int = 0, epilogue: Epilogue | None = None) -> None:
         """Columns `first` and on of x, at most 8, times the weights; `epilogue` says what becomes of it."""
@@ -161,33 +162,31 @@ class GpuWeights(Weights[Products]):
         """Bytes that loading takes beside them."""
         return 2 * PART
 
-    def blocks(self, sizes: Sizes, embedding: str, output: str, sequences: int, context: int) -> GpuBlocks:
+    def blocks(self, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int) -> GpuBlocks:
         from .gpu import GpuBlocks
 
         return GpuBlocks(self, sizes, embedding, output, sequences, context)
 
-    def embedding(self, name: str, rows: int, k: int) -> Buffer:
-        return self._upload([self.info(name, (rows, k))])
+    def embedding(self, embedding: Matrix, k: int) -> Buffer:
+        return self._upload([(embedding, self.info_of(embedding, k))])
 
     def products(self, k: int, *matrices: Matrix) -> Products:
         runs: list[Run] = []
-        infos, at = [self.info(m.name, (m.rows, k)) for m in matrices], 0
-        for alike in _alike(infos):
-            rows = sum(info.shape[0] for info in alike)
-            runs.append(Run(alike[0].type, rows, at, self._upload(alike)))
-            self.memory += sum(info.nbytes for info in alike)
+        parts, at = [(m, self.info_of(m, k)) for m in matrices], 0
+        for alike in _alike(parts):
+            type, rows = alike[0][1].type, sum(m.rows for m, _ in alike)
+            runs.append(Run(type, rows, at, self._upload(alike)))
+            self.memory += rows * type.row_bytes(k)
             at += rows
         return Products(self.kernels, k, runs, self._biases(matrices))
 
     def _biases(self, matrices: tuple[Matrix, ...]) -> Buffer | None:
         """One for all rows, 0 where a matrix has none; None if none has."""
-        there = [m.bias is not None and m.bias in self.file.tensors for m in matrices]
-        if not any(there):
+        biases = [self.bias(m) for m in matrices]
+        if all(bias is None for bias in biases):
             return None
-        parts = [
-            self.floats(m.bias, m.rows) if m.bias and have else np.zeros(m.rows, np.float32)
-            for m, have in zip(matrices, there, strict=True)
-        ]
+        zeros = (np.zeros(m.rows, np.float32) for m in matrices)
+        parts = [bias if bias is not None else zero for bias, zero in zip(biases, zeros, strict=True)]
         return self.device.upload(np.concatenate(parts))
 
     def finish(self) -> None:
@@ -198,24 +197,25 @@ class GpuWeights(Weights[Products]):
         """Takes the place for all weights."""
         self._place = self.device.allocate(self.nbytes, f"the weights of {self.file.path.name}")
 
-    def _upload(self, infos: list[TensorInfo]) -> Buffer:
-        """Tensors of one type as one matrix; once, where an embedding is also the output."""
-        names = " ".join(info.name for info in infos)
+    def _upload(self, parts: list[Part]) -> Buffer:
+        """Matrices of one type as one; once, where an embedding is also the output."""
+        names = " ".join(f"{m.name}:{m.first}" for m, _ in parts)
         if names not in self._there:
             if self._place is None:
                 self.reserve()
             assert self._place is not None
-            nbytes = sum(map(_bytes_there, infos))
+            rows, (type, k) = sum(m.rows for m, _ in parts), (parts[0][1].type, parts[0][1].shape[-1])
+            nbytes = _matrix_bytes(type, rows, k)
             to = self._there[names] = self._place.view(self._used, nbytes)
             self._used += aligned(nbytes)
-            first, rows = 0, sum(info.shape[0] for info in infos)
-            for info in infos:
+            first = 0
+            for m, info in parts:
                 self._check_type(info)
-                self._copy(info, to, first, rows)
-                first += info.shape[0]
+                self._copy(m, info, to, first, rows)
+                first += m.rows
         return self._there[names]
 
-    def _copy(self, info: TensorInfo, to: Buffer, first: int, rows: int) -> None:
+    def _copy(self, m: Matrix, info: TensorInfo, to: Buffer, first: int, rows: int) -> None:
         """Rows `first` and on of a matrix. Through two pieces of pinned memory in turn: one is filled while the other
         is on its way, and is moved into planes there."""
         stream, k = self.kernels.stream, info.shape[-1]
@@ -226,7 +226,7 @@ class GpuWeights(Weights[Products]):
         held = max(row_bytes, _float_row_bytes(info.type, k))
         if held > PART:
             raise OutOfDeviceMemoryError(held, PART, f"a row of tensor {info.name!r} in pinned memory")
-        for i, (at, n, part) in enumerate(self._checked_parts(info, PART // held, k)):
+        for i, (at, n, part) in enumerate(self._checked_parts(m, PART // held, k)):
             pinned, staged = self._pinned[i % 2], self._staged[i % 2]
             if info.type in FLOAT_TYPES:
                 wide = _float_row_bytes(info.type, k)
@@ -252,19 +252,22 @@ def _float_row_bytes(type: QuantType, k: int) -> int:
 
 
 def _bytes_there(info: TensorInfo) -> int:
-    """Bytes of a tensor on the device: in planes, or floats in whole units."""
-    rows, k = info.nbytes // info.type.row_bytes(info.shape[-1]), info.shape[-1]
-    if info.type in FLOAT_TYPES:
-        return rows * _float_row_bytes(info.type, k)
-    return plane_bytes(info.type, rows, k)
+    """Bytes of a tensor on the device."""
+    k = info.shape[-1]
+    return _matrix_bytes(info.type, info.nbytes // info.type.row_bytes(k), k)
 
 
-def _alike(infos: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
+def _matrix_bytes(type: QuantType, rows: int, k: int) -> int:
+    """Bytes of a matrix on the device: in planes, or floats in whole units."""
+    return rows * _float_row_bytes(type, k) if type in FLOAT_TYPES else plane_bytes(type, rows, k)
+
+
+def _alike(parts: list[Part]) -> Iterator[list[Part]]:
     """Neighbours of one type, which are multiplied in one launch."""
-    group: list[TensorInfo] = []
-    for info in infos:
-        if group and group[0].type is not info.type:
+    group: list[Part] = []
+    for part in parts:
+        if group and group[0][1].type is not part[1].type:
             yield group
             group = []
-        group.append(info)
+        group.append(part)
     yield group

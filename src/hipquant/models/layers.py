@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ MAX_CAPTURED = 8  # tokens of a pass that is captured once and replayed
 PART = 16 << 20  # bytes of a tensor that are mapped while they are checked and copied
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Order = npt.NDArray[np.intp]
 
 
 class Kernels:
@@ -52,9 +53,16 @@ class Sizes:
     n_vocab: int
     eps: float
     rope: Rope
-    attn_scale: float = field(default=0, kw_only=True)  # of scores; 0: head_dim^-0.5
-    attn_softcap: float = field(default=0, kw_only=True)  # a score becomes cap tanh(score / cap); 0: as it is
-    cache_type: str = field(default="f16", kw_only=True)  # of wiring.CACHE_TYPES
+    local_rope: Rope | None = None  # of layers with a window, where it is another one
+    split_pairs: bool = False  # RoPE rotates the pairs (i, i + n_rot / 2), not (2 i, 2 i + 1)
+    embedding_scale: float = 1.0
+    layer_norm: bool = False  # norms take the mean away and add a bias; otherwise they divide by the RMS alone
+    activation: Literal["silu", "gelu"] = "silu"  # of the feed-forward unit; GELU in its tanh form
+    gated: bool = True  # whether the unit has a gate, which the activation is of
+    attn_scale: float = 0.0  # of scores; 0: head_dim^-0.5
+    attn_softcap: float = 0.0  # a score becomes cap tanh(score / cap); 0: as it is
+    logit_softcap: float = 0.0  # the same of logits
+    cache_type: str = "f16"  # of wiring.CACHE_TYPES
 
     @property
     def score_scale(self) -> float:
@@ -67,11 +75,33 @@ class Sizes:
 
 
 class Matrix(NamedTuple):
-    """A weight matrix in the file: its name, its rows, and the name of a bias, which need not be there."""
+    """A weight matrix in the file: its name, its rows, and the name of a bias, which need not be there.
+
+    Rows of a greater tensor are those from `first` on, of `of` rows. They are taken in the order of `order`, where it
+    is given: its numbers are those of the matrix' rows.
+    """
 
     name: str
     rows: int
     bias: str | None = None
+    first: int = 0
+    of: int = 0
+    order: Order | None = None
+
+
+def matrix(name: str, rows: int, first: int = 0, of: int = 0, order: Order | None = None) -> Matrix:
+    """The matrix `name`.weight with the bias `name`.bias, or some rows of both."""
+    return Matrix(f"{name}.weight", rows, f"{name}.bias", first, of, order)
+
+
+def neighbouring_pairs(s: Sizes, heads: int) -> Order | None:
+    """Rows of queries or keys in an order in which the pairs that RoPE rotates are neighbours, as the kernels take
+    them; None where they are. Scores are the same, as queries and keys are in the same order."""
+    if not s.split_pairs:
+        return None
+    half, head = s.rope.n_rot // 2, np.arange(s.head_dim)
+    head[: 2 * half : 2], head[1 : 2 * half : 2] = np.arange(half), np.arange(half, 2 * half)
+    return (np.arange(heads)[:, None] * s.head_dim + head).ravel()
 
 
 L = TypeVar("L")
@@ -79,14 +109,21 @@ L = TypeVar("L")
 
 @dataclass
 class Layer(Generic[L]):
-    """The weights of one block; each `L` multiplies the same activations with one or more matrices, side by side."""
+    """The weights of one block; each `L` multiplies the same activations with one or more matrices, side by side.
+
+    Without `ffn_norm` the feed-forward unit takes what attention took, which is layer-normed, and both are added to the
+    residual stream. Post-norms are of what attention and the unit give, before it is added.
+    """
 
     attn_norm: Buffer
     qkv: L
     attn_output: L
-    ffn_norm: Buffer
-    gate_up: L
+    ffn_norm: Buffer | None
+    gate_up: L  # or up alone, where there is no gate
     down: L
+    attn_norm_bias: Buffer | None = None
+    attn_post_norm: Buffer | None = None
+    ffn_post_norm: Buffer | None = None
     window: int = 0  # positions that a token sees, up to its own; 0: all
     q_norm: Buffer | None = None  # weights [head_dim] of the norm of each query, and of each key
     k_norm: Buffer | None = None
@@ -105,13 +142,14 @@ class Blocks(ABC, Generic[L]):
     samples: npt.NDArray[np.int32]  # [sequences, 4]: where a token drawn for position p arrives, at p % 4
 
     def __init__(
-        self, weights: Weights[L], sizes: Sizes, embedding: str, chunk: int, sequences: int, context: int
+        self, weights: Weights[L], sizes: Sizes, embedding: Matrix, chunk: int, sequences: int, context: int
     ) -> None:
         """`chunk` is how many tokens a pass takes at most."""
         self.sizes, self.kernels, self.chunk = sizes, weights.kernels, chunk
-        self.embedding_type = weights.info(embedding, (sizes.n_vocab, sizes.n_embd)).type
+        self.embedding_type = weights.info_of(embedding, sizes.n_embd).type
         self.n_context = -(-context // 16) * 16
         self.rope_table = sizes.rope.table(self.n_context)
+        self.local_rope_table = sizes.local_rope.table(self.n_context) if sizes.local_rope else None
         self.nbytes_per_position = 2 * sizes.n_layer * sizes.n_head_kv * sizes.cache_row_bytes  # keys and values
         inputs = weights.device.allocate(12 * chunk, "tokens")
         self._inputs, self._staged = inputs, weights.device.allocate_host(12 * chunk).view(np.int32).reshape(3, chunk)
@@ -149,10 +187,10 @@ class Blocks(ABC, Generic[L]):
 
     @abstractmethod
     def feed_forward(self, layer: Layer[L], n: int) -> None:
-        """Norm and the SiLU-gated unit."""
+        """Norm and the feed-forward unit."""
 
     @abstractmethod
-    def finish(self, norm: Buffer, n: int) -> None:
+    def finish(self, norm: Buffer, n: int, bias: Buffer | None = None) -> None:
         """The last norm."""
 
     @abstractmethod
@@ -180,14 +218,31 @@ class Weights(ABC, Generic[L]):
         """Weight matrices (rows, k) that multiply the same activations."""
 
     @abstractmethod
-    def blocks(self, sizes: Sizes, embedding: str, output: str, sequences: int, context: int) -> Blocks[L]:
+    def blocks(self, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int) -> Blocks[L]:
         """The blocks of a model, with a KV cache for `sequences` of `context` positions; before other weights."""
 
     def finish(self) -> None:
         """Everything is there: what was needed for loading alone is given back."""
 
+    def queries_keys_values(self, s: Sizes, prefix: str) -> L:
+        """Those of a block: three matrices, or one that has them one below the other."""
+        fused, heads = f"{prefix}attn_qkv", {"q": s.n_head, "k": s.n_head_kv, "v": s.n_head_kv}
+        total, first, parts = sum(heads.values()) * s.head_dim, 0, []
+        for name, n in heads.items():
+            rows, order = n * s.head_dim, neighbouring_pairs(s, n) if name != "v" else None
+            if f"{fused}.weight" in self.file.tensors:
+                parts.append(matrix(fused, rows, first, total, order))
+            else:
+                parts.append(matrix(f"{prefix}attn_{name}", rows, order=order))
+            first += rows
+        return self.products(s.n_embd, *parts)
+
+    def head_norm(self, s: Sizes, name: str) -> Buffer:
+        """The weight of the norm of queries or keys: values in the order of their matrix' rows."""
+        return self.vector(name, s.head_dim, neighbouring_pairs(s, 1))
+
     @abstractmethod
-    def embedding(self, name: str, rows: int, k: int) -> Buffer:
+    def embedding(self, embedding: Matrix, k: int) -> Buffer:
         """A matrix as it lies in the file, for `get_rows`."""
 
     def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
@@ -201,41 +256,59 @@ class Weights(ABC, Generic[L]):
             )
         return info
 
-    def floats(self, name: str, n: int) -> Floats:
-        """A float vector (norm, bias, frequency factors), as float32, on the host."""
-        info = self.info(name, (n,))
+    def info_of(self, m: Matrix, k: int) -> TensorInfo:
+        """The tensor of a matrix of rows of k values."""
+        return self.info(m.name, (m.of or m.rows, k))
+
+    def floats(self, name: str, n: int, first: int = 0, of: int = 0) -> Floats:
+        """A float vector (norm, bias, frequency factors), as float32, on the host: all of a tensor, or n values of `of`
+        from `first` on."""
+        info = self.info(name, (of or n,))
         if info.type not in FLOAT_TYPES:
             self.file.fail(f"tensor {name!r} is {info.type}, expected F32, F16 or BF16")
         self.file.check_scales(name)
-        raw = self.file.data(name)
+        raw = self.file.data(name)[first * info.type.block_bytes : (first + n) * info.type.block_bytes]
         values = {"F32": np.float32, "F16": np.float16}.get(info.type.name)
         floats = raw.view(values) if values else (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        self._count(info.nbytes, 4 * n)
+        self._count(raw.nbytes, 4 * n)
         return floats.astype(np.float32)
 
-    def vector(self, name: str, n: int) -> Buffer:
+    def rope_factors(self, name: str, n_rot: int) -> Floats:
+        """What the frequencies of the n_rot / 2 pairs are divided by."""
+        factors = self.floats(name, n_rot // 2)
+        if not (factors > 0).all():
+            self.file.fail(f"tensor {name!r} must be above 0 everywhere; convert the model again")
+        return factors
+
+    def bias(self, m: Matrix) -> Floats | None:
+        """The bias of a matrix, if the file has one: as float32, on the host."""
+        if m.bias is None or m.bias not in self.file.tensors:
+            return None
+        values = self.floats(m.bias, m.rows, m.first, m.of)
+        return values if m.order is None else values[m.order]
+
+    def vector(self, name: str, n: int, order: Order | None = None) -> Buffer:
         """A float vector on the device."""
         values, buffer = self.floats(name, n), self.device.allocate(4 * n, name)
-        buffer.write(values)
+        buffer.write(values if order is None else values[order])
         return buffer
-
-    def optional_vector(self, name: str, n: int) -> Buffer | None:
-        return self.vector(name, n) if name in self.file.tensors else None
 
     def _check_type(self, info: TensorInfo) -> None:
         if info.type not in MATRIX_TYPES:
             self.file.fail(f"tensor {info.name!r} is {info.type}, which is not a type of weights")
 
-    def _checked_parts(self, info: TensorInfo, step: int, k: int) -> Iterator[tuple[int, int, Bytes]]:
+    def _checked_parts(self, m: Matrix, step: int, k: int) -> Iterator[tuple[int, int, Bytes]]:
         """(first row, rows, bytes) of `step` rows at a time, their scales checked; each part's mapping is let go."""
-        data, row_bytes, rows = self.file.data(info.name), info.type.row_bytes(k), info.shape[0]
-        for first in range(0, rows, step):
-            n = min(step, rows - first)
-            part = data[first * row_bytes : (first + n) * row_bytes]
+        info = self.file.tensors[m.name]
+        row_bytes = info.type.row_bytes(k)
+        rows = self.file.data(m.name).reshape(-1, row_bytes)[m.first : m.first + m.rows]
+        for first in range(0, m.rows, step):
+            n = min(step, m.rows - first)
+            part = (rows[first : first + n] if m.order is None else rows[m.order[first : first + n]]).reshape(-1)
             if find_invalid_scales(info.type, part) is not None:
                 self.file.check_scales(info.name)  # raises, and says where
             yield first, n, part
-            self.file.release(info.name, first * row_bytes, part.nbytes)
+            self.file.release(info.name, (m.first + first) * row_bytes, part.nbytes)
 
     def _count(self, done: int, held: int) -> None:
         self._done += done
@@ -269,13 +342,12 @@ class Rope:
         frequency = self.base ** (-2 * pair / self.n_rot)
         if self.factors is not None:
             frequency = frequency / self.factors.astype(np.float64)
-        scale = 1.0
+        scale = self.attention_factor
         if self.scaling == "linear":
             frequency = frequency / self.factor
         elif self.scaling == "yarn":
             keep = self._extrapolated(pair) * self.extrapolation
             frequency = frequency / self.factor * (1 - keep) + frequency * keep
-            scale = self.attention_factor
             if self.extrapolation:
                 scale *= 1 + 0.1 * math.log(max(self.factor, 1))
         angle = np.arange(n_context, dtype=np.float64)[:, None] * frequency

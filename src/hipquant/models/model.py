@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,16 @@ import numpy.typing as npt
 from ..driver import Device, Event, Graph
 from ..errors import ContextLengthError, TokenizerError
 from ..gguf_file import GGUFFile, StringArray
-from .layers import MAX_CAPTURED, Blocks, Floats, Weights
+from .config import EMBEDDING, Config, Keys
+from .layers import MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Rope, Weights, matrix
 
 if TYPE_CHECKING:
     from ..generate import Generation
     from ..sampling import Sampler, SamplingParams
     from ..tokenizer import Tokenizer
+
+MAX_DEFAULT_CONTEXT = 8192
+MAX_SEQUENCES = 1024
 
 
 def open_weights(file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None) -> Weights[Any]:
@@ -56,9 +61,58 @@ class Model:
     """A model on a device. `forward` gives logits, `generate` text; both may be called from several threads.
 
     A *sequence* (0 to `sequences` - 1) is a slot of the KV cache with its own tokens; `cached(sequence)` lists them.
+
+    An architecture says what its metadata mean (`read_config`, and `rope`), what a layer is made of (`layer`), and
+    what is done in a pass (`_step`).
     """
 
-    def __init__(self, weights: Weights[Any], blocks: Blocks[Any], context: int, sequences: int) -> None:
+    @classmethod
+    def load(
+        cls,
+        file: GGUFFile,
+        device: Device,
+        context: int | None,
+        sequences: int,
+        progress: Callable[[int, int], None] | None,
+        cache_type: str = "f16",
+    ) -> Self:
+        """A model from an open file; see `hipquant.load`."""
+        config = cls.read_config(Keys(file))
+        most = config.n_context
+        if context is not None and not 1 <= context <= most:
+            raise ValueError(f"context must be from 1 to the {most} that the model was made for, not {context}")
+        if not 1 <= sequences <= MAX_SEQUENCES:
+            raise ValueError(f"sequences must be from 1 to {MAX_SEQUENCES}, not {sequences}")
+        context = context or min(most, MAX_DEFAULT_CONTEXT)
+        weights = open_weights(file, device, progress)
+        config = replace(config, rope=cls.rope(config, weights, context), cache_type=cache_type)
+        embedding = Matrix(EMBEDDING, config.n_vocab)
+        output = matrix("output", config.n_vocab) if "output.weight" in file.tensors else embedding
+        blocks = weights.blocks(config, embedding, output, sequences, context)
+        return cls(config, weights, blocks, context, sequences)
+
+    @classmethod
+    def read_config(cls, keys: Keys) -> Config:
+        """Sizes, from the metadata."""
+        raise NotImplementedError
+
+    @classmethod
+    def rope(cls, config: Config, weights: Weights[Any], context: int) -> Rope:
+        """How positions are encoded in this context, where tensors say more of it than the metadata do."""
+        return config.rope
+
+    @classmethod
+    def layer(cls, w: Weights[Any], c: Config, i: int) -> Layer[Any]:
+        """Takes the weights of block i."""
+        raise NotImplementedError
+
+    def __init__(
+        self, config: Config, weights: Weights[Any], blocks: Blocks[Any], context: int, sequences: int
+    ) -> None:
+        self.config, self.layers = config, [self.layer(weights, config, i) for i in range(config.n_layer)]
+        self.norm = weights.vector("output_norm.weight", config.n_embd)
+        self.norm_bias = weights.vector("output_norm.bias", config.n_embd) if config.layer_norm else None
+        weights.finish()
         self.file, self.device, self.kernels = weights.file, weights.device, weights.kernels
         self.blocks, self._weights = blocks, weights
         self.n_vocab, self.context, self.sequences = blocks.sizes.n_vocab, context, sequences

@@ -25,6 +25,27 @@ HQ_ENTRY(add_rms_norm_f32) {
     }
 }
 
+// Block (row): x += residual (if there is one); y (if it is wanted) = (x - mean) / standard deviation * weight + bias.
+HQ_ENTRY(add_layer_norm_f32) {
+    const int n = arg<int>(params, 5);
+    const auto *weight = arg<const float*>(params, 2), *bias = arg<const float*>(params, 3);
+    const float eps = arg<float>(params, 6);
+    for (uint64_t row = launch->begin; row < launch->end; row++) {
+        auto* x = arg<float*>(params, 0) + row * n;
+        if (const auto* residual = arg<const float*>(params, 1))
+            for (int i = 0; i < n; i++) x[i] += residual[row * n + i];
+        auto* y = arg<float*>(params, 4);
+        if (!y) continue;
+        y += row * n;
+        double sum = 0, squares = 0;
+        for (int i = 0; i < n; i++) sum += x[i];
+        const float mean = (float)(sum / n);
+        for (int i = 0; i < n; i++) squares += (x[i] - mean) * (x[i] - mean);
+        const float scale = 1 / __builtin_sqrtf((float)(squares / n) + eps);
+        for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+    }
+}
+
 // x, n values, divided by its root mean square, times the weights.
 HQ_INLINE void norm_head(float* x, const float* weight, int n, float eps) {
     float squares = 0;
@@ -71,17 +92,60 @@ HQ_ENTRY(rope_store_kv) {
     }
 }
 
-// Block (1024 values): y = gate / (1 + e^-gate) * up.
-HQ_ENTRY(silu_mul_f32) {
+// The values of blocks of 1024, of n in all: f(i) is called for 8 from i on, g(i) for one.
+template <class F, class G> static void each_value(const hq_launch* launch, int64_t n, F f, G g) {
+    const int64_t end = (int64_t)launch->end * 1024, last = end < n ? end : n;
+    int64_t i = launch->begin * 1024;
+    for (; i + 8 <= last; i += 8) f(i);
+    for (; i < last; i++) g(i);
+}
+
+// y = activation(gate) * up; activation(gate) where there is no up.
+template <class A> static void gated(const hq_launch* launch, void** params, A activation) {
     const auto* gate = arg<const float*>(params, 0);
     const auto* up = arg<const float*>(params, 1);
     auto* y = arg<float*>(params, 2);
-    const int64_t n = arg<int>(params, 3), end = (int64_t)launch->end * 1024;
-    const int64_t last = end < n ? end : n;
-    const auto gated = [](f32x8 g, f32x8 u) { return g / (1 + exp_(-g)) * u; };
-    int64_t i = launch->begin * 1024;
-    for (; i + 8 <= last; i += 8) store(y + i, gated(load<f32x8>(gate + i), load<f32x8>(up + i)));
-    for (; i < last; i++) y[i] = gated(gate[i], up[i])[0];
+    each_value(
+        launch, arg<int>(params, 3),
+        [=](int64_t i) { store(y + i, activation(load<f32x8>(gate + i)) * (up ? load<f32x8>(up + i) : (f32x8)1)); },
+        [=](int64_t i) { y[i] = activation(f32x8(gate[i]))[0] * (up ? up[i] : 1); });
+}
+
+// Block (1024 values): y = gate / (1 + e^-gate) * up.
+HQ_ENTRY(silu_mul_f32) {
+    gated(launch, params, [](f32x8 g) { return g / (1 + exp_(-g)); });
+}
+
+// Block (1024 values): y = gelu(gate) * up, or gelu(gate). GELU in its tanh form: g / 2 (1 + tanh t), which is
+// g / (1 + e^-2t).
+HQ_ENTRY(gelu_mul_f32) {
+    gated(launch, params, [](f32x8 g) {
+        const f32x8 t = g * (0.797884560802865f + 0.0356774081363f * g * g);  // sqrt(2 / pi) (g + 0.044715 g^3)
+        return g / (1 + exp_(-2 * t));
+    });
+}
+
+// Block (1024 values): x *= scale.
+HQ_ENTRY(scale_f32) {
+    auto* x = arg<float*>(params, 0);
+    const float scale = arg<float>(params, 2);
+    each_value(
+        launch, arg<int>(params, 1), [=](int64_t i) { store(x + i, load<f32x8>(x + i) * scale); },
+        [=](int64_t i) { x[i] *= scale; });
+}
+
+// Block (1024 values): x = cap tanh(x / cap).
+HQ_ENTRY(softcap_f32) {
+    auto* x = arg<float*>(params, 0);
+    const float cap = arg<float>(params, 2);
+    const auto capped = [=](f32x8 v) {
+        const f32x8 t = v / cap, squared = t * t;
+        const f32x8 small = t * (1 - squared * (1.0f / 3 - squared * (2.0f / 15 - squared * (17.0f / 315))));
+        return cap * (squared < 0.04f ? small : 1 - 2 / (exp_(2 * t) + 1));
+    };
+    each_value(
+        launch, arg<int>(params, 1), [=](int64_t i) { store(x + i, capped(load<f32x8>(x + i))); },
+        [=](int64_t i) { x[i] = capped(f32x8(x[i]))[0]; });
 }
 
 // Block (row): x += bias.
