@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from ..driver import Device
 from ..driver import device as get_device
@@ -39,6 +40,7 @@ def load(
     *,
     context: int | None = None,
     sequences: int | None = None,
+    gpu_layers: int | Literal["auto"] = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Loads a GGUF model (default: the demo model of the package) onto a device.
@@ -46,10 +48,13 @@ def load(
     `context` is the number of positions of a sequence (default: what the model was trained for, at most 8192),
     `sequences` the number of independent sequences in the KV cache (default: 4 on the CPU, whose memory is used as
     it fills, 1 on a GPU, where it is taken at once).
+    `gpu_layers` is how many of the last layers run on the GPU, with the output matrix; the others, and the embedding,
+    on the CPU. "auto": all of them, or `OutOfDeviceMemoryError`, which says how many would fit. 0: all on the CPU, and
+    nothing is asked of the GPU.
     `progress(done, total)` is called with bytes of weights. Raises `InvalidModelFileError`,
     `UnsupportedQuantTypeError`, `OutOfDeviceMemoryError` or `DeviceNotFoundError`.
     """
-    on = get_device(device)
+    on, layers = _placed(get_device(device), gpu_layers)
     if sequences is None:
         sequences = DEFAULT_SEQUENCES if on.kind == "cpu" else 1
     file = GGUFFile(path if path is not None else DEMO)
@@ -60,6 +65,21 @@ def load(
         )
     _check_vocabulary(file)
     model: Model = import_module(f".{ARCHITECTURES[architecture]}", __name__).load(
-        file, on, context, sequences, progress
+        file, on, context, sequences, progress, layers
     )
     return model
+
+
+def _placed(device: Device, gpu_layers: int | Literal["auto"]) -> tuple[Device, int | None]:
+    """The device of the last layers, and how many of them run there; None: all."""
+    if gpu_layers == "auto":
+        return device, None
+    if not isinstance(gpu_layers, int) or gpu_layers < 0:
+        raise ValueError(f"gpu_layers must be 'auto' or a number of layers from 0 on, not {gpu_layers!r}")
+    if not gpu_layers:
+        return get_device("cpu"), None
+    if device.kind == "cpu":
+        raise ValueError(
+            f"{gpu_layers} layers are to run on a GPU, but the device is the CPU: name a GPU, as cuda or hip"
+        )
+    return device, gpu_layers

@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 
 from ..driver import Device
 from ..gguf_file import GGUFFile
-from .layers import Blocks, L, Layer, Matrix, Rope, Sizes, Weights
+from .layers import EMBEDDING, OUTPUT, Blocks, L, Layer, Matrix, Rope, Sizes, Weights
 from .model import Model, open_weights
 
 MAX_DEFAULT_CONTEXT = 8192
 MAX_HEAD_DIM = 512
-EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,12 @@ class Llama(Model):
 
 
 def load(
-    file: GGUFFile, device: Device, context: int | None, sequences: int, progress: Callable[[int, int], None] | None
+    file: GGUFFile,
+    device: Device,
+    context: int | None,
+    sequences: int,
+    progress: Callable[[int, int], None] | None,
+    gpu_layers: int | None = None,
 ) -> Llama:
     """A llama model from an open file; see `hipquant.load`."""
     config = Config.read(file)
@@ -131,11 +135,11 @@ def load(
     if not 1 <= sequences <= 1024:
         raise ValueError(f"sequences must be from 1 to 1024, not {sequences}")
     context = context or min(config.n_context, MAX_DEFAULT_CONTEXT)
-    weights = open_weights(file, device, progress)
+    weights = open_weights(file, device, progress, gpu_layers)
     if "rope_freqs.weight" in file.tensors:
         factors = weights.floats("rope_freqs.weight", config.rope.n_rot // 2)
         if not (factors > 0).all():
             file.fail("tensor 'rope_freqs.weight' must be above 0 everywhere; convert the model again")
         config = replace(config, rope=replace(config.rope, factors=factors))
-    output = "output.weight" if "output.weight" in file.tensors else EMBEDDING
+    output = OUTPUT if OUTPUT in file.tensors else EMBEDDING
     return Llama(config, weights, weights.blocks(config, EMBEDDING, output, sequences, context), context, sequences)
