@@ -119,6 +119,20 @@ def test_a_batch_of_sequences(small: hq.Model) -> None:
         small.forward_batch([1, 2], [4, 4], [0, 0])
 
 
+def test_a_batch_of_many_sequences(tmp_path: Path) -> None:
+    """More than are captured, in one pass: the logits that each sequence has alone."""
+    write_llama(tmp_path / "model.gguf", n_layer=1, context=16)
+    model, n = hq.load(tmp_path / "model.gguf", sequences=20), 20
+    tokens = ids(model, n)
+    for s in range(n):
+        model.forward(tokens[: s % 3 + 1], 0, sequence=s)
+    held = [len(model.cached(s)) for s in range(n)]
+    batch = model.forward_batch(tokens, held, range(n))
+    for s in range(n):
+        assert model.cached(s)[held[s] :] == [tokens[s]]
+        assert nmse(batch[s], model.forward([tokens[s]], held[s], sequence=s)) <= 1e-6
+
+
 def test_rewinding_replaces_the_cache(small: hq.Model) -> None:
     tokens = ids(small, 60)
     expected = small.forward(tokens, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 import hipquant as hq
+from hipquant import ceiling
+from hipquant.cli.app import cli
 from hipquant.driver import Device
 from hipquant.errors import DriverError, OutOfDeviceMemoryError
 from models import write_llama
 from reference import nmse
 from simulated_gpu import KINDS, SimulatedGpu, simulated_gpu
+from vocabulary import write_speaker
 
 LIMIT = 1e-3  # NMSE between the logits of two engines: both round activations to 8 bits, each in its own way
 FLOAT_LIMIT = 1e-6  # with float weights only keys and values are rounded, alike
@@ -197,6 +203,48 @@ def test_as_many_layers_as_are_said_to_fit(tied: bool, tmp_path: Path) -> None:
         assert found == set(range(6))
 
 
+# --- the commands ---
+
+
+def call(*args: str) -> Result:
+    result = CliRunner().invoke(cli, list(args), prog_name="hipquant")
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_a_line_says_what_runs_where(cuda: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = hq.device("cpu")
+    monkeypatch.setattr(cpu, "threads", 2)  # and back, at the end
+    file = str(write_speaker(tmp_path / "m.gguf", ends=False, n_layer=3).path)
+    run = "run", file, "-p", "in the", "-n", "3", "--temp", "0", "--device", "cuda", "--threads", "1"
+    shown = call(*run, "--gpu-layers", "1")
+    assert shown.stderr.startswith("1 of 3 layers on cuda:0, 2 on the CPU\n")
+    assert cpu.threads == 1
+    assert "sm_90): 1 of 3 layers on cuda:0, 2 on the CPU" in shown.stderr
+    assert call(*run, "--gpu-layers", "9").stderr.startswith("3 of 3 layers on cuda:0\n")
+    assert call(*run, "--gpu-layers", "0").stderr.startswith("3 of 3 layers on the CPU\n")
+    assert " layers on " not in call(*run[:-2], "--gpu-layers", "auto").stderr
+    assert call(*run, "--gpu-layers", "1", "--json").stdout.count("\n") == 1
+
+
+def test_bench_of_two_devices(cuda: SimulatedGpu, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ceiling: each device reads its own weights, one after the other."""
+    monkeypatch.setattr(ceiling, "read_ceiling", lambda device: {"cpu": 1e9, "cuda": 4e9}[device.kind])
+    report = tmp_path / "report.json"
+    bench = "bench", str(path), "-p", "3", "-n", "2", "-r", "1", "--batch", "9", "--device", "cuda"
+    shown = call(*bench, "--gpu-layers", "1", "--report", str(report))
+    assert "layers     1 of 3 layers on cuda:0, 2 on the CPU" in shown.stdout
+    found = json.loads(report.read_text())
+    sizes = [(part["device"], part["layers"], part["weights_bytes"]) for part in found["parts"]]
+    (_, _, on_cpu), (_, _, on_gpu) = sizes
+    assert [size[:2] for size in sizes] == [("cpu", 2), ("cuda", 1)]
+    assert found["read_ceiling_bytes_per_second"] == pytest.approx((on_cpu + on_gpu) / (on_cpu / 1e9 + on_gpu / 4e9))
+    assert found["cpu"]["name"] == "cpu"
+    batch = found["results"][-1]
+    weights = 2 * 2 * (on_cpu + on_gpu)  # of 2 tokens, in 2 passes each
+    assert batch["weights_bytes_per_second"] == pytest.approx(weights / (9 * 2 / batch["median"]))
+
+
 # --- faults ---
 
 
@@ -214,6 +262,7 @@ def test_any_call_may_fail(code: int, cuda: SimulatedGpu, tmp_path: Path, monkey
     cuda.fail_nth(-1)
     use()
     calls, failed = cuda.calls, 0
+    gc.freeze()  # so that collecting what is left takes no time
     monkeypatch.setattr(cuda, "run", lambda name, geometry, params: 0)  # kernels need not run
     for n in range(calls):
         cuda.fail_nth(n, code)
@@ -228,6 +277,7 @@ def test_any_call_may_fail(code: int, cuda: SimulatedGpu, tmp_path: Path, monkey
         assert now == live or quiet, (n, cuda.failed)
         live = now
     assert failed > calls // 2
+    gc.unfreeze()
     monkeypatch.undo()
     np.testing.assert_array_equal(use(), expected)
 
