@@ -120,17 +120,20 @@ def test_a_batch_of_sequences(small: hq.Model) -> None:
 
 
 def test_a_batch_of_many_sequences(tmp_path: Path) -> None:
-    """More than are captured, in one pass: the logits that each sequence has alone."""
+    """More than a pass takes; launched, captured, replayed: the logits that each sequence has alone."""
     write_llama(tmp_path / "model.gguf", n_layer=1, context=16)
-    model, n = hq.load(tmp_path / "model.gguf", sequences=20), 20
+    n = 35
+    model, alone = (hq.load(tmp_path / "model.gguf", sequences=n) for _ in range(2))
     tokens = ids(model, n)
     for s in range(n):
-        model.forward(tokens[: s % 3 + 1], 0, sequence=s)
-    held = [len(model.cached(s)) for s in range(n)]
-    batch = model.forward_batch(tokens, held, range(n))
-    for s in range(n):
-        assert model.cached(s)[held[s] :] == [tokens[s]]
-        assert nmse(batch[s], model.forward([tokens[s]], held[s], sequence=s)) <= 1e-6
+        for m in (model, alone):
+            m.forward(tokens[: s % 3 + 1], 0, sequence=s)
+    for step in range(3):
+        held = [s % 3 + 1 + step for s in range(n)]
+        batch = model.forward_batch(tokens, held, range(n))
+        for s in range(n):
+            assert nmse(batch[s], alone.forward([tokens[s]], held[s], sequence=s)) <= 1e-6
+            assert model.cached(s) == alone.cached(s)
 
 
 def test_rewinding_replaces_the_cache(small: hq.Model) -> None:

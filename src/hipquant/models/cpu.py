@@ -126,7 +126,7 @@ class CpuWeights(Weights[tuple[Linear, ...]]):
 class CpuBlocks(Blocks[tuple[Linear, ...]]):
     """The blocks of a model on the CPU. The layout of the KV cache is the kernels' own (kernels/cpu/kv_cache.h)."""
 
-    batch = CHUNK
+    batch = 32
 
     def __init__(
         self,

@@ -87,7 +87,7 @@ class Blocks(ABC, Generic[L]):
     each of the `stages`. The residual stream lies in the blocks' own memory.
     """
 
-    batch = MAX_CAPTURED  # tokens of different sequences that a pass takes at most
+    batch = MAX_CAPTURED  # tokens of different sequences that a pass takes at most; so short a pass is captured
     takes_drawn = True  # whether the next pass may be launched on a token that the host does not know yet
     logits: Buffer  # of the last step: n_vocab floats for each of at most `MAX_CAPTURED` tokens
     device_sampling = False  # whether tokens are drawn where the logits are, by `sample`

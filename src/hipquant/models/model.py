@@ -201,7 +201,7 @@ class Model:
     def forward_batch(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> Floats:
         """One next token for each of several sequences: logits [n, n_vocab].
 
-        Each position must be the number of tokens that its sequence holds. A pass takes 8 sequences on a GPU, and 128
+        Each position must be the number of tokens that its sequence holds. A pass takes 8 sequences on a GPU, and 32
         on the CPU; more take several passes.
         """
         ids, n = self._checked_tokens(tokens), len(tokens)
@@ -242,7 +242,9 @@ class Model:
             key = stage, n, n_logits, draw
             if key in self._graphs:
                 self._graphs[key].launch(stream)
-            elif n > MAX_CAPTURED or key not in self._seen:  # the first of its kind loads what it needs, not captured
+            elif (
+                n > self.blocks.batch or key not in self._seen
+            ):  # the first of its kind loads what it needs, not captured
                 self._launch(n, n_logits, draw)
                 self._seen.add(key)
             else:

@@ -80,7 +80,9 @@ class SplitBlocks(Blocks[Any]):
     a long prompt the CPU is at the next part while the GPU is at the one before.
     """
 
-    batch, device_sampling, takes_drawn = GpuBlocks.batch, True, False  # the CPU's layers need the token on the host
+    device_sampling = True
+    takes_drawn = False  # the CPU's layers need the token on the host
+    _active: Blocks[Any]  # whose stage it is
 
     def __init__(self, sizes: Sizes, cpu: CpuBlocks, gpu: GpuBlocks) -> None:  # its memory is that of its parts
         self.cpu, self.gpu, self._active = cpu, gpu, gpu
@@ -90,8 +92,6 @@ class SplitBlocks(Blocks[Any]):
         self.logits, self.samples = gpu.logits, gpu.samples
         staged = gpu.weights.device.allocate_host(4 * self.chunk * sizes.n_embd)
         self._residual = staged.view(np.float32).reshape(self.chunk, sizes.n_embd)
-
-    _active: Blocks[Any]  # whose stage it is
 
     @property
     def parts(self) -> tuple[Blocks[Any], ...]:
