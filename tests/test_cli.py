@@ -192,6 +192,7 @@ def test_what_users_get_wrong(plain, mute, folder):
     assert "the prompt is empty" in error_of(call("run", plain, stdin=""))
     on_a_gpu = error_of(call("run", plain, "-p", "in", "--device", "cuda"))
     assert any(words in on_a_gpu for words in ("driver library", "finds no", "no code object")), on_a_gpu
+    assert "2 layers are to run on a GPU" in error_of(call("run", plain, "-p", "in", "--gpu-layers", "2"))
 
 
 @pytest.mark.parametrize(
@@ -203,8 +204,10 @@ def test_what_users_get_wrong(plain, mute, folder):
         ["run", "-p", "in", "--seed", "-1"],
         ["run", "-p", "in", "--system", "Be brief."],
         ["run", "-p", "in", "--no-such-option"],
-        ["bench", "--batch", "1,9"],
+        ["bench", "--batch", "1,33"],
         ["bench", "--batch", "one"],
+        ["run", "-p", "in", "--gpu-layers", "-1"],
+        ["perplexity", "demo", "text", "--gpu-layers", "x"],
         ["perplexity", "demo"],
         ["dance"],
     ],
@@ -505,8 +508,8 @@ def test_ctrl_c_stops_an_answer_only(plain, terminal):
 
 
 def test_bench(mute):
-    report = json_of("bench", mute, "-p", "9", "-n", "4", "-r", "2", "--batch", "1,3")
-    assert [r["test"] for r in report["results"]] == ["pp9", "tg4", "batch1 tg4", "batch3 tg4"]
+    report = json_of("bench", mute, "-p", "9", "-n", "4", "-r", "2", "--batch", "1,3,32")
+    assert [r["test"] for r in report["results"]] == ["pp9", "tg4", "batch1 tg4", "batch3 tg4", "batch32 tg4"]
     for result in report["results"]:
         assert len(result["rates"]) == 2
         assert min(result["rates"]) <= result["median"] <= max(result["rates"])
@@ -528,6 +531,7 @@ def test_a_report_to_send(mute, tmp_path):
     assert found["device"]["code_object"].startswith("x86-64" if platform.machine() == "x86_64" else "aarch64")
     assert sum(found["model"]["bytes_by_type"].values()) >= found["model"]["weights_bytes"] > 0
     assert found["read_ceiling_bytes_per_second"] > 0
+    assert found["parts"] == [{"device": "cpu", "layers": 2, "weights_bytes": found["model"]["weights_bytes"]}]
     assert str(tmp_path) not in text
     assert str(mute) not in text
     nowhere = str(tmp_path / "none" / "report.json")

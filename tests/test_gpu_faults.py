@@ -23,7 +23,7 @@ import hipquant as hq
 from hipquant import driver
 from hipquant.driver import gpu as gpu_driver
 from hipquant.driver import gpu_symbols
-from hipquant.errors import DeviceNotFoundError, DriverError, OutOfDeviceMemoryError
+from hipquant.errors import ContextLengthError, DeviceNotFoundError, DriverError, OutOfDeviceMemoryError
 from models import write_llama
 from simulated_gpu import SimulatedGpu, simulated_gpu
 
@@ -321,6 +321,27 @@ def test_two_models_take_turns(gpu: SimulatedGpu, path: Path, tmp_path: Path, ex
     gc.collect()
     np.testing.assert_array_equal(models[0].forward([TOKENS[2]], 2), alone[2])
     assert not np.array_equal(alone, expected)
+
+
+def test_the_context_fills_without_memory(gpu: SimulatedGpu, path: Path) -> None:
+    """All that a context takes is taken at load: it fills to its end where nothing is left."""
+    steps(hq.load(path, device=gpu.device))
+    memory, model = gpu.memory, hq.load(path, device=gpu.device, sequences=2)
+    try:
+        gpu.memory -= gpu.device.free_memory
+        held = gpu.device.allocated
+        with pytest.raises(OutOfDeviceMemoryError, match="1 bytes|needs 0 MiB, 0 MiB are free"):
+            gpu.device.allocate(1)
+        for sequence in range(2):
+            for position in range(model.context):
+                model.forward([1], position, sequence=sequence)
+            with pytest.raises(ContextLengthError, match="33 tokens do not fit into the context of 32"):
+                model.forward([1], model.context, sequence=sequence)
+        with pytest.raises(ContextLengthError, match="sequence 0 has filled the context of 32"):
+            model.forward_batch([1, 1], [32, 32], [0, 1])
+        assert (gpu.device.allocated, gpu.device.free_memory) == (held, 0)
+    finally:
+        gpu.memory = memory
 
 
 def test_fifty_loads_leave_nothing(gpu: SimulatedGpu, path: Path, expected: Logits) -> None:

@@ -64,6 +64,22 @@ def test_prompts_steps_and_batches(kind: str, limit: float, gpu: SimulatedGpu, t
     assert model.cached(2) == [*tokens[:5], tokens[2], tokens[3], tokens[4]]
 
 
+def test_a_batch_of_many_sequences(cuda: SimulatedGpu, tmp_path: Path) -> None:
+    """More than a pass takes: passes of 8, with the logits that those have alone."""
+    write_llama(tmp_path / "m.gguf", type="Q8_0", **SMALL)
+    model, tokens = hq.load(tmp_path / "m.gguf", device=cuda.device, sequences=19), ids(19)
+    for s in range(19):
+        model.forward(tokens[: s % 3 + 1], 0, sequence=s)
+    held, where = [s % 3 + 1 for s in range(19)], range(19)
+    batch = model.forward_batch(tokens, held, where)
+    assert [model.cached(s)[held[s] :] for s in where] == [[token] for token in tokens]
+    for s in where:  # as if the last token had not been
+        model.forward(tokens[: held[s]], 0, sequence=s)
+    parts = (slice(0, 8), slice(8, 16), slice(16, 19))
+    alone = [model.forward_batch(tokens[p], held[p], where[p]) for p in parts]
+    np.testing.assert_array_equal(batch, np.concatenate(alone))
+
+
 @pytest.mark.parametrize("kind", MATRIX_TYPES, ids=str)
 def test_each_type(kind: QuantType, cuda: SimulatedGpu, tmp_path: Path) -> None:
     write_llama(tmp_path / "m.gguf", type=kind.name, **WIDE)

@@ -119,6 +119,23 @@ def test_a_batch_of_sequences(small: hq.Model) -> None:
         small.forward_batch([1, 2], [4, 4], [0, 0])
 
 
+def test_a_batch_of_many_sequences(tmp_path: Path) -> None:
+    """More than a pass takes; launched, captured, replayed: the logits that each sequence has alone."""
+    write_llama(tmp_path / "model.gguf", n_layer=1, context=16)
+    n = 35
+    model, alone = (hq.load(tmp_path / "model.gguf", sequences=n) for _ in range(2))
+    tokens = ids(model, n)
+    for s in range(n):
+        for m in (model, alone):
+            m.forward(tokens[: s % 3 + 1], 0, sequence=s)
+    for step in range(3):
+        held = [s % 3 + 1 + step for s in range(n)]
+        batch = model.forward_batch(tokens, held, range(n))
+        for s in range(n):
+            assert nmse(batch[s], alone.forward([tokens[s]], held[s], sequence=s)) <= 1e-6
+            assert model.cached(s) == alone.cached(s)
+
+
 def test_rewinding_replaces_the_cache(small: hq.Model) -> None:
     tokens = ids(small, 60)
     expected = small.forward(tokens, 0)

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import device_options, emit, emit_json, json_option, open_model, table
+from .common import device_options, emit, emit_json, json_option, open_model, placement, table
 
 if TYPE_CHECKING:
     from ..models import Model
+    from .common import GpuLayers
+
+MAX_BATCH = 32
 
 
 class Batches(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
@@ -31,8 +34,8 @@ class Batches(click.ParamType):  # type: ignore[type-arg]  # generic from click 
             sizes = [int(part) for part in str(value).split(",") if part]
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers such as 1,2,4,8", param, ctx)
-        if any(not 1 <= size <= 8 for size in sizes):
-            self.fail(f"{value!r} has a number outside of 1 to 8", param, ctx)
+        if any(not 1 <= size <= MAX_BATCH for size in sizes):
+            self.fail(f"{value!r} has a number outside of 1 to {MAX_BATCH}", param, ctx)
         return sizes
 
 
@@ -59,7 +62,9 @@ class Result:
 @click.option("-p", "--prompt", default=128, show_default=True, type=click.IntRange(min=0), help="Tokens of a prompt.")
 @click.option("-n", "--tokens", default=32, show_default=True, type=click.IntRange(min=0), help="Tokens to generate.")
 @click.option("-r", "--repeat", default=3, show_default=True, type=click.IntRange(min=1), help="Times to measure.")
-@click.option("--batch", type=Batches(), default="1,2,4,8", show_default=True, help="Sequences generated at once.")
+@click.option(
+    "--batch", type=Batches(), default="1,2,4,8,16,32", show_default=True, help="Sequences generated at once."
+)
 @click.option(
     "--report", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Write a file that you can send."
 )
@@ -75,25 +80,25 @@ def command(
     device: str,
     threads: int | None,
     cache_type: str,
+    gpu_layers: GpuLayers,
     as_json: bool,
 ) -> None:
     """Measures MODEL, a GGUF file (default: the demo model), on random tokens.
 
-    pp: tokens of a prompt in one go; tg: one token after the other; batch: one token each of several sequences in one
-    pass. Given are the median and half the range. GB/s counts the weights that are read. A report holds all of it as
-    JSON, with the device, its driver and the system, and no path or name of yours.
+    pp: tokens of a prompt in one go; tg: one token after the other; batch: one token each of several sequences at once,
+    8 in a pass on a GPU. Given are the median and half the range. GB/s counts the weights that are read. A report holds
+    all of it as JSON, with the device, its driver and the system, and no path or name of yours.
     """
     if report is not None:
         _write(report, "")  # what cannot be written is said before anything is measured
-    loaded = open_model(model, device, threads, max(prompt, tokens + 1), max(batch, default=1), cache_type)
+    context, sequences = max(prompt, tokens + 1), max(batch, default=1)
+    loaded = open_model(model, device, threads, context, sequences, cache_type, gpu_layers)
     bench = _Bench(loaded, prompt, tokens, repeat)
     bench.check()
     about = _about(loaded)
     if not as_json:
         emit("".join(f"{key:10} {value}\n" for key, value in about.items()) + "\n")
-    from ..ceiling import read_ceiling
-
-    ceiling = read_ceiling(loaded.device)
+    ceiling = _ceiling(loaded)
     results = bench.results(batch if tokens else [])
     tests = [vars(r) | {"median": r.median, "spread": r.spread} for r in results]
     measured = {"repetitions": repeat, "read_ceiling_bytes_per_second": ceiling, "results": tests}
@@ -103,7 +108,8 @@ def command(
         emit_json(about | measured)
     else:
         emit(table(("test", "tokens/s", "±", "GB/s", "of the ceiling"), [_row(r, ceiling) for r in results]))
-        reader = "The threads read" if loaded.device.kind == "cpu" else "The device reads"
+        readers = ["The threads read" if part.device.kind == "cpu" else "The device reads" for part in loaded.parts]
+        reader = readers[0] if len(readers) == 1 else "One after the other, the CPU and the GPU read"
         emit(f"\n{reader} memory at {ceiling / 1e9:.1f} GB/s; a small model is read from the cache, faster.\n")
 
 
@@ -113,13 +119,21 @@ def _row(result: Result, ceiling: float) -> list[str]:
     return [result.test, f"{result.median:,.1f}", f"{result.spread:.1%}", *read]
 
 
+def _ceiling(model: Model) -> float:
+    """Bytes of weights per second that a pass could read: each device its own, one after the other."""
+    from ..ceiling import read_ceiling
+
+    seconds = sum(part.weights_bytes / read_ceiling(part.device) for part in model.parts)
+    return model.weights_bytes / seconds
+
+
 class _Bench:
     def __init__(self, model: Model, prompt: int, tokens: int, repeat: int) -> None:
         import numpy as np
 
         self.model, self.n_prompt, self.n_tokens, self.repeat = model, prompt, tokens, repeat
         random = np.random.default_rng(0)
-        self.ids = random.integers(0, model.n_vocab, max(prompt, tokens, 8) + 1).tolist()
+        self.ids = random.integers(0, model.n_vocab, max(prompt, tokens, MAX_BATCH) + 1).tolist()
         self.pass_bytes = model.weights_bytes
 
     def check(self) -> None:
@@ -139,7 +153,8 @@ class _Bench:
             found.append(self._measure(f"tg{self.n_tokens}", self._write, self.n_tokens, self.n_tokens))
         for size in batches:
             name = f"batch{size} tg{self.n_tokens}"
-            found.append(self._measure(name, partial(self._batch, size), size * self.n_tokens, self.n_tokens))
+            passes = self.n_tokens * -(-size // self.model.blocks.batch)
+            found.append(self._measure(name, partial(self._batch, size), size * self.n_tokens, passes))
         return found
 
     def _measure(self, test: str, run: Callable[[], float], tokens: int, passes: int | None) -> Result:
@@ -175,10 +190,12 @@ def _about(model: Model) -> dict[str, str]:
     from .. import __version__
 
     commit = _commit()
+    cpu = next((part.device for part in model.parts if part.device.kind == "cpu"), None)
     return {
         "model": f"{model.name}, {model.weights_bytes / 2**20:,.1f} MiB of weights",
         "device": f"{model.device.name} ({model.device.target.name})",
-        **({"threads": str(model.device.threads)} if model.device.kind == "cpu" else {}),
+        **({"layers": placement(model)} if len(model.parts) > 1 else {}),
+        **({"threads": str(cpu.threads)} if cpu else {}),
         "versions": f"hipquant {__version__}, Python {platform.python_version()}, numpy {np.__version__}",
         **({"commit": commit} if commit else {}),
     }
@@ -199,6 +216,11 @@ def _system(model: Model) -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "device": describe(model.device),
+        "parts": [
+            {"device": part.device.kind, "layers": part.layers, "weights_bytes": part.weights_bytes}
+            for part in model.parts
+        ],
+        **({"cpu": describe(model.parts[0].device)} if len(model.parts) > 1 else {}),
         "model": {
             "name": model.file.get("general.name", str, ""),
             "architecture": model.file.require("general.architecture", str),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..models import Model
+
+    GpuLayers = int | Literal["auto"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEMO = "demo"  # the name of the packaged model, where no file is called so
@@ -43,8 +45,29 @@ class TargetsCommand(click.Command):
         return super().parse_args(ctx, spelled)
 
 
+class GpuLayersType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """A number of layers from 0 on, or auto."""
+
+    name = "number"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> GpuLayers:
+        text = str(value)
+        if text == "auto":
+            return "auto"
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            self.fail(f"{text!r} is neither 'auto' nor a number of layers from 0 on", param, ctx)
+        return int(text)
+
+
 def device_options(function: F) -> F:
-    """--device, --threads and --cache-type."""
+    """--device, --gpu-layers, --threads and --cache-type."""
+    layers = click.option(
+        "--gpu-layers",
+        type=GpuLayersType(),
+        default="auto",
+        show_default=True,
+        help="Layers on the GPU, the last ones; the others run on the CPU. auto: all, or an error.",
+    )
     threads = click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads of the CPU (default: cores).")
     device = click.option("--device", default="auto", show_default=True, help="As `hipquant devices` names them.")
     cache = click.option(
@@ -54,7 +77,7 @@ def device_options(function: F) -> F:
         show_default=True,
         help="Of the KV cache on a GPU; q8_0 takes about half of the memory.",
     )
-    return device(threads(cache(function)))
+    return device(layers(threads(cache(function))))
 
 
 def json_option(function: F) -> F:
@@ -68,18 +91,35 @@ def open_model(
     context: int | None,
     sequences: int = 1,
     cache_type: str = "f16",
+    gpu_layers: GpuLayers = "auto",
 ) -> Model:
-    """Loads a model, with a bar if that takes long. No path, or `demo` where there is no such file: the demo model."""
+    """Loads a model, with a bar if that takes long. No path, or `demo` where there is no such file: the demo model.
+
+    Where a number of layers was asked for, a line on standard error says which run where.
+    """
     from ..driver import device as get_device
     from ..models import load
 
     on = get_device(device)
     if threads is not None:
-        on.threads = threads
+        (on if gpu_layers == "auto" else get_device("cpu")).threads = threads
     if path == DEMO and not Path(path).exists():
         path = None
     with interruptible(), Bar("loading") as bar:
-        return load(path, on, context=context, sequences=sequences, cache_type=cache_type, progress=bar)
+        model = load(
+            path, on, context=context, sequences=sequences, cache_type=cache_type, gpu_layers=gpu_layers, progress=bar
+        )
+    if gpu_layers != "auto":
+        note(placement(model))
+    return model
+
+
+def placement(model: Model) -> str:
+    """How many layers run where: `20 of 32 layers on cuda:0, 12 on the CPU`."""
+    total = sum(part.layers for part in model.parts)
+    where = ["the CPU" if part.device.kind == "cpu" else str(part.device) for part in model.parts]
+    (last, n), *others = reversed([(name, part.layers) for name, part in zip(where, model.parts, strict=True)])
+    return f"{n} of {total} layers on {last}" + "".join(f", {n} on {name}" for name, n in others)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from ..models import Model
     from ..tokenizer import Tokenizer
+    from .common import GpuLayers
 
 LOGITS_AT_ONCE = 128  # tokens; 64 MB for a vocabulary of 128k
 
@@ -51,6 +52,7 @@ def command(
     device: str,
     threads: int | None,
     cache_type: str,
+    gpu_layers: GpuLayers,
     as_json: bool,
 ) -> int:
     """Perplexity of MODEL on TEXT, a file or - for standard input, with its standard error, and bits per byte.
@@ -59,7 +61,7 @@ def command(
     the text does not count.
     """
     content = read_stdin("standard input") if text == "-" else decode_text(Path(text).read_bytes(), text)
-    loaded = open_model(model, device, threads, context, cache_type=cache_type)
+    loaded = open_model(model, device, threads, context, cache_type=cache_type, gpu_layers=gpu_layers)
     tokens = loaded.tokenizer.encode(content)
     count = min(len(tokens) // context, chunks or len(tokens))
     if not count:

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import Bar, device_options, emit, emit_json, interruptible, json_option, note, open_model, read_stdin
+from .common import (
+    Bar,
+    device_options,
+    emit,
+    emit_json,
+    interruptible,
+    json_option,
+    note,
+    open_model,
+    placement,
+    read_stdin,
+)
 from .common import tolerate_output_encoding as tolerate
 
 if TYPE_CHECKING:
@@ -72,9 +83,9 @@ def command(model: str | None, prompt: str | None, chat: bool | None, seed: int 
         raise click.ClickException("the prompt is empty: give a text with -p or on standard input")
     tolerate()
     begun = time.perf_counter()
-    loaded = open_model(
-        model, options["device"], options["threads"], options["context"], cache_type=options["cache_type"]
-    )
+    where = options["device"], options["threads"]
+    kinds = {key: options[key] for key in ("cache_type", "gpu_layers")}
+    loaded = open_model(model, *where, options["context"], **kinds)
     if prompt is None:
         from .chat import converse
 
@@ -181,7 +192,8 @@ def _device(model: Model) -> str:
     device = model.device
     if device.kind == "cpu":
         return f"cpu ({device.target.name}, {device.threads} threads)"
-    return f"{device} ({device.name}, {device.target.name})"
+    on_gpu = f"{device} ({device.name}, {device.target.name})"
+    return on_gpu if len(model.parts) == 1 else f"{on_gpu}: {placement(model)}"
 
 
 def stats(generation: Generation) -> str:

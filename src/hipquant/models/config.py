@@ -8,11 +8,10 @@ from typing import Self
 import numpy as np
 
 from ..gguf_file import GGUFFile
-from .layers import Rope, Sizes
+from .layers import EMBEDDING, Rope, Sizes
 
 MAX_HEAD_DIM = 512
 MAX_CONTEXT = 1 << 30
-EMBEDDING = "token_embd.weight"
 SCALINGS = ("none", "linear", "yarn")
 
 

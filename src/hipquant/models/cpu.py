@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from .. import wiring
 from ..driver import Buffer, Device
@@ -63,13 +65,19 @@ class Linear:
 class CpuWeights(Weights[tuple[Linear, ...]]):
     """Weights in the host's memory."""
 
-    def __init__(self, file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None = None) -> None:
-        super().__init__(file, device, progress)
+    def __init__(
+        self,
+        file: GGUFFile,
+        device: Device,
+        progress: Callable[[int, int], None] | None = None,
+        tensors: Mapping[str, TensorInfo] | None = None,
+    ) -> None:
+        super().__init__(file, device, progress, tensors)
         free = device.free_memory
         if free is not None and self._total > free:
             raise OutOfDeviceMemoryError(self._total, free, f"the weights of {file.path.name}")
         # One place for all, so that it comes in huge pages throughout; what is not used is never touched.
-        each = sum(PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT for t in file.tensors.values())
+        each = sum(PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT for t in self.tensors.values())
         padding = MAX_PARTS * each
         self._place, self._used = device.allocate(self._total + padding, f"the weights of {file.path.name}"), 0
 
@@ -81,7 +89,9 @@ class CpuWeights(Weights[tuple[Linear, ...]]):
             self._count(part.nbytes, 0)
         return self.device.upload(self.file.data(embedding.name))
 
-    def blocks(self, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int) -> CpuBlocks:
+    def blocks(
+        self, sizes: Sizes, embedding: Matrix | None, output: Matrix | None, sequences: int, context: int
+    ) -> CpuBlocks:
         return CpuBlocks(self, sizes, embedding, output, sequences, context)
 
     def products(self, k: int, *matrices: Matrix) -> tuple[Linear, ...]:
@@ -121,15 +131,26 @@ class CpuWeights(Weights[tuple[Linear, ...]]):
 class CpuBlocks(Blocks[tuple[Linear, ...]]):
     """The blocks of a model on the CPU. The layout of the KV cache is the kernels' own (kernels/cpu/kv_cache.h)."""
 
+    batch = 32
+
     def __init__(
-        self, weights: CpuWeights, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int
+        self,
+        weights: CpuWeights,
+        sizes: Sizes,
+        embedding: Matrix | None,
+        output: Matrix | None,
+        sequences: int,
+        context: int,
     ) -> None:
         s, device = sizes, weights.device
         if s.cache_type != "f16":
             raise ValueError(f"the KV cache of the CPU is f16, not {s.cache_type}: leave it so, or use a GPU")
         super().__init__(weights, s, embedding, CHUNK, sequences, context)
+        assert embedding is not None
         self.embedding = weights.embedding(embedding, s.n_embd)
-        (self.unembedding,) = weights.products(s.n_embd, output)
+        if output is not None:
+            (self.unembedding,) = weights.products(s.n_embd, output)
+            self.logits = device.allocate(4 * s.n_vocab * MAX_CAPTURED, "logits")
         self.table = device.allocate(self.rope_table.nbytes, "the RoPE table")
         self.table.write(self.rope_table)
         self.local_table = self.table
@@ -150,7 +171,6 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         self.gated = Activations(self.kernels, s.n_ff, CHUNK)
         self.q, self.k, self.v = (floats(heads * s.head_dim) for heads in (s.n_head, s.n_head_kv, s.n_head_kv))
         self.gate, self.up, self.branch = floats(s.n_ff), floats(s.n_ff), floats(s.n_embd)
-        self.logits = device.allocate(4 * s.n_vocab * MAX_CAPTURED, "logits")
 
     def embed(self, n: int) -> None:
         self.pending: Buffer | None = None  # a branch that the next norm adds to the residual stream
@@ -213,6 +233,10 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
 
     def finish(self, norm: Buffer, n: int, bias: Buffer | None = None) -> None:
         self._norm(norm, n, bias)
+
+    def read_residual(self, x: Floats) -> None:
+        """The residual stream behind a layer, for the layers of another device: float32 [n, n_embd]."""
+        np.add(self.x.array(np.float32, x.shape), self.branch.array(np.float32, x.shape), out=x)
 
     def output(self, first: int, n: int) -> None:
         self._output(first, n, self.logits)

@@ -3,7 +3,9 @@ pass."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +15,8 @@ from ..driver import Buffer, gpu
 from ..errors import OutOfDeviceMemoryError
 from ..quants import FLOAT_TYPES, UNIT, activation_bytes, padded, plane_units
 from ..sampling import SAMPLES, STATE_WORDS, work_words
-from .gpu_weights import Activations, Epilogue, EpilogueKind, GpuWeights, Products, aligned
-from .layers import MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Sizes
+from .gpu_weights import Activations, Epilogue, EpilogueKind, GpuWeights, Products, aligned, bytes_there
+from .layers import INPUT_BYTES, MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Sizes, last_layers
 
 CHUNK = 512  # tokens of one forward pass
 MAX_HEAD_DIM = 256
@@ -36,7 +38,13 @@ class GpuBlocks(Blocks[Products]):
     device_sampling = True
 
     def __init__(
-        self, weights: GpuWeights, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int
+        self,
+        weights: GpuWeights,
+        sizes: Sizes,
+        embedding: Matrix | None,
+        output: Matrix | None,
+        sequences: int,
+        context: int,
     ) -> None:
         s, device = sizes, weights.device
         if s.head_dim > MAX_HEAD_DIM or s.head_dim % 2:
@@ -73,7 +81,9 @@ class GpuBlocks(Blocks[Products]):
         self._read = device.allocate_host(self.logits.nbytes).view(np.float32)
         self.samples = device.allocate_host(4 * SAMPLES * sequences).view(np.int32).reshape(sequences, SAMPLES)
         self._staged_sampling = device.allocate_host(4 * (STATE_WORDS + self.n_context)).view(np.int32)
-        self.embedding = weights.embedding(embedding, s.n_embd)
+        if embedding is not None:
+            self.embedding = weights.embedding(embedding, s.n_embd)
+        assert output is not None
         self.unembedding = weights.products(s.n_embd, output)
         self._branch: Callable[[Epilogue], None] | None = None
         self._post_norm: Buffer | None = None  # of the branch
@@ -122,9 +132,11 @@ class GpuBlocks(Blocks[Products]):
     def _check_memory(self, weights: GpuWeights, s: Sizes, sequences: int, context: int) -> None:
         """Before anything is allocated: does it fit?"""
 
-        def asked(context: int) -> int:
-            parts = self._parts(s, sequences, -(-context // 16) * 16)
-            return weights.nbytes + weights.staging_bytes + sum(map(aligned, parts.values()))
+        def asked(context: int, layers: int = s.n_layer) -> int:
+            parts = self._parts(replace(s, n_layer=layers), sequences, -(-context // 16) * 16)
+            tensors = weights.tensors if layers == s.n_layer else last_layers(weights.file, layers)
+            own = sum(map(aligned, parts.values())) + aligned(INPUT_BYTES * CHUNK)
+            return bytes_there(tensors.values()) + weights.staging_bytes + own
 
         free = weights.device.free_memory
         if free is None or asked(context) <= free:
@@ -132,6 +144,9 @@ class GpuBlocks(Blocks[Products]):
         each = (asked(1 << 20) - asked(0)) / (1 << 20)
         fits = int((free - asked(0)) / each) // 16 * 16
         hint = f"a context of {fits} would fit" if fits > 0 else f"{asked(0) / 2**20:,.1f} MiB even with none"
+        layers = bisect_right(range(s.n_layer), free, key=lambda n: asked(context, n)) - 1
+        if layers > 0:
+            hint += f"; --gpu-layers {layers} would fit"
         name = weights.file.path.name
         raise OutOfDeviceMemoryError(asked(context), free, f"{name} with {sequences} x {context} positions ({hint})")
 
@@ -156,6 +171,11 @@ class GpuBlocks(Blocks[Products]):
         if self.sizes.embedding_scale != 1:
             scale = wiring.kernel("scale_rows_f32")
             self.kernels(scale, scale.grid(n=n * k), self.x, n * k, self.sizes.embedding_scale)
+
+    def write_residual(self, x: Floats) -> None:
+        """The residual stream begins with what the layers in front have made of it; x lies in pinned memory."""
+        self._branch = None
+        self.x.write_async(x, self.kernels.stream)
 
     def _norm(self, weight: Buffer, n: int, products: Products, *beside: Products, bias: Buffer | None = None) -> None:
         """The last branch is added to the residual stream, and normed for the products that come next."""

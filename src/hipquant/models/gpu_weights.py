@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -142,10 +142,16 @@ class Products:
 class GpuWeights(Weights[Products]):
     """Weights in a GPU's memory, in one place, each tensor once, copied through pinned memory."""
 
-    def __init__(self, file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        file: GGUFFile,
+        device: Device,
+        progress: Callable[[int, int], None] | None = None,
+        tensors: Mapping[str, TensorInfo] | None = None,
+    ) -> None:
         for code_object in (QUANTIZED, ENGINE):  # what is missing is said now, not at the first launch
             device.load(code_object)
-        super().__init__(file, device, progress)
+        super().__init__(file, device, progress, tensors)
         self._place: Buffer | None = None
         self._used = 0
         self._there: dict[str, Buffer] = {}
@@ -153,16 +159,13 @@ class GpuWeights(Weights[Products]):
         self._staged: list[Buffer] = []
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that all tensors of the file take on the device."""
-        return sum(aligned(_bytes_there(t)) for t in self.file.tensors.values())
-
-    @property
     def staging_bytes(self) -> int:
         """Bytes that loading takes beside them."""
         return 2 * PART
 
-    def blocks(self, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int) -> GpuBlocks:
+    def blocks(
+        self, sizes: Sizes, embedding: Matrix | None, output: Matrix | None, sequences: int, context: int
+    ) -> GpuBlocks:
         from .gpu import GpuBlocks
 
         return GpuBlocks(self, sizes, embedding, output, sequences, context)
@@ -194,8 +197,9 @@ class GpuWeights(Weights[Products]):
         self._staged.clear()
 
     def reserve(self) -> None:
-        """Takes the place for all weights."""
-        self._place = self.device.allocate(self.nbytes, f"the weights of {self.file.path.name}")
+        """Takes the place for all matrices."""
+        nbytes = bytes_there(t for t in self.tensors.values() if len(t.shape) > 1)
+        self._place = self.device.allocate(nbytes, f"the weights of {self.file.path.name}")
 
     def _upload(self, parts: list[Part]) -> Buffer:
         """Matrices of one type as one; once, where an embedding is also the output."""
@@ -244,6 +248,11 @@ class GpuWeights(Weights[Products]):
                 self.kernels(repack, grid, staged, to, k, n, first + at, rows)
             self._count(part.nbytes, 0)
         stream.synchronize()
+
+
+def bytes_there(tensors: Iterable[TensorInfo]) -> int:
+    """Bytes that tensors take on the device."""
+    return sum(aligned(_bytes_there(t)) for t in tensors)
 
 
 def _float_row_bytes(type: QuantType, k: int) -> int:

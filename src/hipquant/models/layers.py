@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ..codeobjects import ENGINE, QUANTIZED
-from ..driver import Buffer, Device
+from ..driver import Buffer, Device, Stream
 from ..driver.base import Function
 from ..gguf_file import GGUFFile, TensorInfo, find_invalid_scales
 from ..quants import FLOAT_TYPES, MATRIX_TYPES
@@ -20,6 +21,8 @@ from ..wiring import Dim3, Kernel
 
 MAX_CAPTURED = 8  # tokens of a pass that is captured once and replayed
 PART = 16 << 20  # bytes of a tensor that are mapped while they are checked and copied
+INPUT_BYTES = 12  # of a token of a pass: id, position, sequence
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"  # a model without an output matrix uses the embedding
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Order = npt.NDArray[np.intp]
@@ -133,27 +136,40 @@ class Layer(Generic[L]):
 class Blocks(ABC, Generic[L]):
     """The pass of a model over tokens on a device: embedding, blocks, logits.
 
-    `put` gives the tokens; the steps of a pass over n of them are then launched in the order of the methods. The
-    residual stream lies in the blocks' own memory.
+    `put` gives the tokens; the steps of a pass over n of them are then launched in the order of the methods, once for
+    each of the `stages`. The residual stream lies in the blocks' own memory.
     """
 
+    batch = MAX_CAPTURED  # tokens of different sequences that a pass takes at most; so short a pass is captured
+    takes_drawn = True  # whether the next pass may be launched on a token that the host does not know yet
     logits: Buffer  # of the last step: n_vocab floats for each of at most `MAX_CAPTURED` tokens
     device_sampling = False  # whether tokens are drawn where the logits are, by `sample`
     samples: npt.NDArray[np.int32]  # [sequences, 4]: where a token drawn for position p arrives, at p % 4
 
     def __init__(
-        self, weights: Weights[L], sizes: Sizes, embedding: Matrix, chunk: int, sequences: int, context: int
+        self, weights: Weights[L], sizes: Sizes, embedding: Matrix | None, chunk: int, sequences: int, context: int
     ) -> None:
         """`chunk` is how many tokens a pass takes at most."""
-        self.sizes, self.kernels, self.chunk = sizes, weights.kernels, chunk
-        self.embedding_type = weights.info_of(embedding, sizes.n_embd).type
+        self.sizes, self.weights, self.kernels, self.chunk = sizes, weights, weights.kernels, chunk
+        if embedding is not None:
+            self.embedding_type = weights.info_of(embedding, sizes.n_embd).type
         self.n_context = -(-context // 16) * 16
         self.rope_table = sizes.rope.table(self.n_context)
         self.local_rope_table = sizes.local_rope.table(self.n_context) if sizes.local_rope else None
         self.nbytes_per_position = 2 * sizes.n_layer * sizes.n_head_kv * sizes.cache_row_bytes  # keys and values
-        inputs = weights.device.allocate(12 * chunk, "tokens")
-        self._inputs, self._staged = inputs, weights.device.allocate_host(12 * chunk).view(np.int32).reshape(3, chunk)
+        nbytes, device = INPUT_BYTES * chunk, weights.device
+        self._inputs = inputs = device.allocate(nbytes, "tokens")
+        self._staged = device.allocate_host(nbytes).view(np.int32).reshape(3, chunk)
         self.tokens, self.positions, self.slots = (inputs.view(4 * chunk * i, 4 * chunk) for i in range(3))
+
+    @property
+    def parts(self) -> Sequence[Blocks[Any]]:
+        """The blocks of each device that layers run on."""
+        return (self,)
+
+    def stages(self, n: int) -> Iterator[Stream]:
+        """Where the steps of a pass over n tokens are launched: each device runs those that are its own."""
+        yield self.kernels.stream
 
     def put(self, *inputs: npt.NDArray[np.integer]) -> None:
         """Token ids, positions and sequences of a pass. Waits until those of the pass before are copied."""
@@ -208,18 +224,31 @@ class Weights(ABC, Generic[L]):
     An embedding of which rows are taken is not among them, unless it is the output as well.
     """
 
-    def __init__(self, file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        file: GGUFFile,
+        device: Device,
+        progress: Callable[[int, int], None] | None = None,
+        tensors: Mapping[str, TensorInfo] | None = None,
+    ) -> None:
+        """`tensors` are those that will be asked for (default: all of the file)."""
         self.file, self.device, self.kernels = file, device, Kernels(device)
+        self.tensors = file.tensors if tensors is None else tensors
         self.memory, self._done, self._progress = 0, 0, progress
-        self._total = sum(t.nbytes for t in file.tensors.values())
+        self._total = sum(t.nbytes for t in self.tensors.values())
 
     @abstractmethod
     def products(self, k: int, *matrices: Matrix) -> L:
         """Weight matrices (rows, k) that multiply the same activations."""
 
     @abstractmethod
-    def blocks(self, sizes: Sizes, embedding: Matrix, output: Matrix, sequences: int, context: int) -> Blocks[L]:
-        """The blocks of a model, with a KV cache for `sequences` of `context` positions; before other weights."""
+    def blocks(
+        self, sizes: Sizes, embedding: Matrix | None, output: Matrix | None, sequences: int, context: int
+    ) -> Blocks[L]:
+        """The blocks of a model, with a KV cache for `sequences` of `context` positions; before other weights.
+
+        `embedding` or `output` is None where the first or the last layers are another device's.
+        """
 
     def finish(self) -> None:
         """Everything is there: what was needed for loading alone is given back."""
@@ -315,6 +344,28 @@ class Weights(ABC, Generic[L]):
         self.memory += held
         if self._progress:
             self._progress(min(self._done, self._total), self._total)
+
+
+def layer_count(file: GGUFFile) -> int:
+    """How many layers a model has, by its metadata."""
+    return file.require(f"{file.require('general.architecture', str)}.block_count", int)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to; None for what comes before or behind all of them."""
+    found = re.match(r"blk\.(\d{1,6})\.", name)
+    return int(found[1]) if found else None
+
+
+def last_layers(file: GGUFFile, n: int) -> dict[str, TensorInfo]:
+    """The tensors of the last n layers and of what follows them: all that a device needs which does not embed."""
+    first = layer_count(file) - n
+
+    def needed(name: str) -> bool:
+        layer = layer_of(name)
+        return layer >= first if layer is not None else name != EMBEDDING or OUTPUT not in file.tensors
+
+    return {name: info for name, info in file.tensors.items() if needed(name)}
 
 
 @dataclass(frozen=True)

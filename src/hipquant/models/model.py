@@ -6,16 +6,16 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ..driver import Device, Event, Graph
+from ..driver import Device, Event, Graph, Stream
 from ..errors import ContextLengthError, TokenizerError
 from ..gguf_file import GGUFFile, StringArray
-from .config import EMBEDDING, Config, Keys
-from .layers import MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Rope, Weights, matrix
+from .config import Config, Keys
+from .layers import EMBEDDING, MAX_CAPTURED, OUTPUT, Blocks, Floats, Layer, Matrix, Rope, Weights, layer_count, matrix
 
 if TYPE_CHECKING:
     from ..generate import Generation
@@ -26,8 +26,14 @@ MAX_DEFAULT_CONTEXT = 8192
 MAX_SEQUENCES = 1024
 
 
-def open_weights(file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None) -> Weights[Any]:
-    """What takes the tensors of a file onto a device."""
+def open_weights(
+    file: GGUFFile, device: Device, progress: Callable[[int, int], None] | None, gpu_layers: int | None = None
+) -> Weights[Any]:
+    """What takes the tensors of a file onto a device; on a GPU only those of the last `gpu_layers`, if not None."""
+    if gpu_layers is not None and 0 < gpu_layers < layer_count(file):
+        from .split import SplitWeights
+
+        return SplitWeights(file, device, gpu_layers, progress)
     if device.kind == "cpu":
         from .cpu import CpuWeights
 
@@ -35,6 +41,14 @@ def open_weights(file: GGUFFile, device: Device, progress: Callable[[int, int], 
     from .gpu_weights import GpuWeights
 
     return GpuWeights(file, device, progress)
+
+
+class Part(NamedTuple):
+    """Layers of a model that one device runs, and bytes of the weights that a pass reads there."""
+
+    device: Device
+    layers: int
+    weights_bytes: int
 
 
 class Drawing:
@@ -75,6 +89,7 @@ class Model:
         sequences: int,
         progress: Callable[[int, int], None] | None,
         cache_type: str = "f16",
+        gpu_layers: int | None = None,
     ) -> Self:
         """A model from an open file; see `hipquant.load`."""
         config = cls.read_config(Keys(file))
@@ -84,10 +99,10 @@ class Model:
         if not 1 <= sequences <= MAX_SEQUENCES:
             raise ValueError(f"sequences must be from 1 to {MAX_SEQUENCES}, not {sequences}")
         context = context or min(most, MAX_DEFAULT_CONTEXT)
-        weights = open_weights(file, device, progress)
+        weights = open_weights(file, device, progress, gpu_layers)
         config = replace(config, rope=cls.rope(config, weights, context), cache_type=cache_type)
         embedding = Matrix(EMBEDDING, config.n_vocab)
-        output = matrix("output", config.n_vocab) if "output.weight" in file.tensors else embedding
+        output = matrix("output", config.n_vocab) if OUTPUT in file.tensors else embedding
         blocks = weights.blocks(config, embedding, output, sequences, context)
         return cls(config, weights, blocks, context, sequences)
 
@@ -114,10 +129,10 @@ class Model:
         self.norm_bias = weights.vector("output_norm.bias", config.n_embd) if config.layer_norm else None
         weights.finish()
         self.file, self.device, self.kernels = weights.file, weights.device, weights.kernels
-        self.blocks, self._weights = blocks, weights
+        self.blocks = blocks
         self.n_vocab, self.context, self.sequences = blocks.sizes.n_vocab, context, sequences
-        self._graphs: dict[tuple[int, int, bool], Graph] = {}
-        self._seen: set[tuple[int, int, bool]] = set()
+        self._graphs: dict[tuple[int, int, int, bool], Graph] = {}
+        self._seen: set[tuple[int, int, int, bool]] = set()
         self._last_drawing: Drawing | None = None  # whose token lies in the input buffers
         self._unread: list[list[Drawing]] = [[] for _ in range(sequences)]
         self._cached: list[list[int]] = [[] for _ in range(sequences)]
@@ -132,7 +147,12 @@ class Model:
     @property
     def weights_bytes(self) -> int:
         """Bytes of weights that a pass reads: all but an embedding of which only rows are taken."""
-        return self._weights.memory
+        return sum(part.weights_bytes for part in self.parts)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The devices that the layers run on: `device` alone, or with the CPU, which runs the first ones."""
+        return [Part(b.weights.device, b.sizes.n_layer, b.weights.memory) for b in self.blocks.parts]
 
     @property
     def device_sampling(self) -> bool:
@@ -222,11 +242,9 @@ class Model:
             part = ids[at : at + chunk]
             last = at + len(part) == len(ids)
             self._put(part, np.arange(position + at, position + at + len(part)), np.full(len(part), slot))
+            self._run(len(part), 1 if last and every is None else 0)
             if every is not None:
-                self._step(len(part))
                 self.blocks.read_output(0, every[at : at + len(part)])
-            else:
-                self._run(len(part), 1 if last else 0)
             self._cached[slot].extend(part.tolist())
             if progress is not None:
                 progress(at + len(part), len(ids))
@@ -236,13 +254,14 @@ class Model:
         self.blocks.put(*inputs)
 
     def forward_batch(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> Floats:
-        """One next token for each of several sequences in one pass: logits [n, n_vocab].
+        """One next token for each of several sequences: logits [n, n_vocab].
 
-        Each position must be the number of tokens that its sequence holds. At most 8 sequences.
+        Each position must be the number of tokens that its sequence holds. A pass takes 8 sequences on a GPU, and 32
+        on the CPU; more take several passes.
         """
         ids, n = self._checked_tokens(tokens), len(tokens)
-        if not n == len(positions) == len(sequences) == len(set(sequences)) or n > MAX_CAPTURED:
-            raise ValueError(f"expected 1 to {MAX_CAPTURED} tokens with as many positions and different sequences")
+        if not n == len(positions) == len(sequences) == len(set(sequences)):
+            raise ValueError("expected as many positions and different sequences as there are tokens")
         with self._lock:
             for position, sequence in zip(positions, sequences, strict=True):
                 held = len(self._cached[self._checked_sequence(sequence)])
@@ -250,28 +269,47 @@ class Model:
                     raise ValueError(f"sequence {sequence} holds {held} tokens, its next position is not {position}")
                 if position >= self.context:
                     raise ContextLengthError(f"sequence {sequence} has filled the context of {self.context}")
-            self._put(ids, np.asarray(positions), np.asarray(sequences))
+            logits = np.empty((n, self.n_vocab), np.float32)
+            for at in range(0, n, self.blocks.batch):
+                part = slice(at, at + self.blocks.batch)
+                self._put(ids[part], np.asarray(positions[part]), np.asarray(sequences[part]))
+                self._run_batch(logits[part])
+                for token, sequence in zip(ids[part].tolist(), sequences[part], strict=True):
+                    self._cached[sequence].append(token)
+            return logits
+
+    def _run_batch(self, logits: Floats) -> None:
+        """A pass over as many tokens as there are rows of logits, all of which it gives."""
+        n = len(logits)
+        if n <= MAX_CAPTURED:
             self._run(n, n)
-            for token, sequence in zip(ids.tolist(), sequences, strict=True):
-                self._cached[sequence].append(token)
-            return self.blocks.read_logits(n)
+            logits[:] = self.blocks.read_logits(n)
+        else:
+            self._run(n, 0)
+            self.blocks.read_output(0, logits)
 
     def _run(self, n: int, n_logits: int, draw: bool = False) -> None:
         """A pass over n tokens with logits of the last `n_logits`, from which it may draw tokens.
 
         Short passes are captured once and replayed.
         """
-        key = n, n_logits, draw
-        if key in self._graphs:
-            self._graphs[key].launch(self.kernels.stream)
-        elif n > MAX_CAPTURED or key not in self._seen:  # the first of its kind loads what it needs, not captured
-            self._launch(*key)
-            self._seen.add(key)
-        else:
-            with self.kernels.stream.capture() as graph:
-                self._launch(*key)
-            self._graphs[key] = graph
-            graph.launch(self.kernels.stream)
+        for stage, stream in enumerate(self.blocks.stages(n)):
+            key = stage, n, n_logits, draw
+            if key in self._graphs:
+                self._graphs[key].launch(stream)
+            elif (
+                n > self.blocks.batch or key not in self._seen
+            ):  # the first of its kind loads what it needs, not captured
+                self._launch(n, n_logits, draw)
+                self._seen.add(key)
+            else:
+                self._capture(stream, key)
+                self._graphs[key].launch(stream)
+
+    def _capture(self, stream: Stream, key: tuple[int, int, int, bool]) -> None:
+        with stream.capture() as graph:
+            self._launch(*key[1:])
+        self._graphs[key] = graph
 
     def _launch(self, n: int, n_logits: int, draw: bool) -> None:
         self._step(n)
@@ -324,7 +362,8 @@ class Model:
     def draw_ahead(self, last: Drawing, sampler: Sampler) -> Drawing | None:
         """The token after one that need not be known yet, in one launch.
 
-        None where others have used the device since: then the token is read, and `draw` begins anew.
+        None where others have used the device since, or where the first layers are the CPU's: then the token is read,
+        and `draw` begins anew.
         """
         with self._lock:
             if last is not self._last_drawing or last.position >= self.context:
@@ -339,7 +378,8 @@ class Model:
         sampler.draws += 1
         done = Event()
         done.record(self.kernels.stream)
-        drawing = self._last_drawing = Drawing(sequence, position, begun, done)
+        drawing = Drawing(sequence, position, begun, done)
+        self._last_drawing = drawing if self.blocks.takes_drawn else None
         self._unread[sequence].append(drawing)
         return drawing
 
