@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import signal
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -41,6 +42,20 @@ class TargetsCommand(click.Command):
         return super().parse_args(ctx, spelled)
 
 
+def model_argument(function: F) -> F:
+    """MODEL, which may also be given as --model."""
+
+    @click.argument("model", required=False)
+    @click.option("--model", "model_option", metavar="MODEL", help="The same as the argument MODEL.")
+    @functools.wraps(function)
+    def command(model: str | None, model_option: str | None, **options: Any) -> Any:
+        if model is not None and model_option is not None:
+            raise click.UsageError(f"the model is given twice: {model!r} and {model_option!r}")
+        return function(model=model_option if model is None else model, **options)
+
+    return cast(F, command)
+
+
 def device_options(function: F) -> F:
     """--device and --threads."""
     threads = click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads of the CPU (default: cores).")
@@ -53,8 +68,12 @@ def json_option(function: F) -> F:
 
 
 def open_model(path: str | None, device: str, threads: int | None, context: int | None, sequences: int = 1) -> Model:
-    """Loads a model, with a bar if that takes long. No path, or `demo` where there is no such file: the demo model."""
+    """Loads a model, with a bar if that takes long; `path` may be a name, too (`hipquant.hub`).
+
+    No path, or `demo` where there is no such file: the demo model.
+    """
     from ..driver import device as get_device
+    from ..hub import find
     from ..models import load
 
     on = get_device(device)
@@ -63,7 +82,8 @@ def open_model(path: str | None, device: str, threads: int | None, context: int 
     if path == DEMO and not Path(path).exists():
         path = None
     with interruptible(), Bar("loading") as bar:
-        return load(path, on, context=context, sequences=sequences, progress=bar)
+        found = find(path, free=on.free_memory, say=note) if path is not None else None
+        return load(found, on, context=context, sequences=sequences, progress=bar)
 
 
 @contextlib.contextmanager

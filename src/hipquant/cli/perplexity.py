@@ -46,7 +46,8 @@ LOGITS_AT_ONCE = 128  # tokens; 64 MB for a vocabulary of 128k
 def command(
     model: str, text: str, context: int, chunks: int | None, device: str, threads: int | None, as_json: bool
 ) -> int:
-    """Perplexity of MODEL on TEXT, a file or - for standard input, with its standard error, and bits per byte.
+    """Perplexity of MODEL (a GGUF file, a folder or a name) on TEXT, a file or - for standard input, with its standard
+    error, and bits per byte.
 
     The same procedure as llama.cpp's llama-perplexity, so that its figures can be compared. A newline at the end of
     the text does not count.
