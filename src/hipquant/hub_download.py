@@ -203,6 +203,10 @@ def _alone(listing: Listing, sha256: str, say: Say) -> Any:
         own.release()
 
 
+class _TooMuch(Exception):
+    """More arrives than was announced; or all of the file again, though only the rest was asked for."""
+
+
 class _Bounded(io.BufferedWriter):
     """A file that takes no more than it should, whatever is sent."""
 
@@ -212,7 +216,7 @@ class _Bounded(io.BufferedWriter):
 
     def write(self, data: Any) -> int:
         if self.tell() + len(data) > self.limit:
-            raise DownloadError(f"more than the {self.limit} bytes arrive that were announced; try again later")
+            raise _TooMuch
         return super().write(data)
 
 
@@ -227,11 +231,15 @@ def _fetch(listing: Listing, path: str, remote: Remote, partial: Path) -> None:
             f"{gib(free)} free: make room, or name another folder by HF_HOME"
         )
     url = hf_hub_url(listing.repository, path, revision=listing.commit, endpoint=constants.ENDPOINT)
-    with _Bounded(partial, remote.nbytes) as file:
-        there = file.seek(0, io.SEEK_END)
-        http_get(url, file, resume_size=there, headers=build_hf_headers(), expected_size=remote.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with _Bounded(partial, remote.nbytes) as file:
+            there = file.seek(0, io.SEEK_END)
+            http_get(url, file, resume_size=there, headers=build_hf_headers(), expected_size=remote.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+    except _TooMuch as error:
+        partial.unlink()
+        raise DownloadError(f"{path} of {listing.repository} is longer than the hub announces: try again") from error
     with open(partial, "rb") as arrived:
         sha256 = hashlib.file_digest(arrived, "sha256").hexdigest()
     if sha256 != remote.sha256:

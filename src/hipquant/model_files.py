@@ -111,10 +111,10 @@ def choose(
         raise OutOfDeviceMemoryError(least.memory, free, f"{least.paths[0]}, the smallest of {where},")
     here = [model for model in fits if model in set(held)]
     chosen = (here or fits)[0]
-    if len(models) > 1:
-        which = "of those on this machine the best" if here else "the best"
-        room = "" if free is None else f" for {gib(free)} of free memory"
-        say(f"{where}: {chosen.quant or chosen.stem} is {which}{room}; for another one put it behind: {_names(models)}")
+    which = "of those on this machine the best" if here else "the best"
+    room = "" if free is None else f" for {gib(free)} of free memory"
+    others = _names([model for model in models if model.runs])
+    say(f"{where}: {chosen.quant or chosen.stem} is {which}{room}; for another one put it behind: {others}")
     return chosen
 
 
