@@ -308,11 +308,11 @@ def test_a_download_that_broke_off_is_continued(hub: Hub) -> None:
     content, gone = CONTENT["m.Q8_0.gguf"], threading.Event()
 
     def fault(handler: Handler) -> bool:
-        if "/resolve/" not in handler.path or handler.command == "HEAD":
-            return False
-        if gone.is_set():
+        if gone.is_set() and handler.command == "GET":
             handler.close_connection = True
             return True
+        if "/cdn/" not in handler.path:
+            return False
         gone.set()
         return handler.cut(content, MIB)
 
@@ -332,7 +332,7 @@ def test_a_short_break_is_bridged(hub: Hub) -> None:
     content, first = CONTENT["m.Q8_0.gguf"], threading.Event()
 
     def fault(handler: Handler) -> bool:
-        if "/resolve/" not in handler.path or handler.command == "HEAD" or first.is_set():
+        if "/cdn/" not in handler.path or first.is_set():
             return False
         first.set()
         return handler.cut(content, MIB)
@@ -383,7 +383,7 @@ def test_more_than_announced(hub: Hub) -> None:
     content = CONTENT["m.Q8_0.gguf"] + bytes(20 * MIB)
 
     def fault(handler: Handler) -> bool:
-        return "/resolve/" in handler.path and handler.command == "GET" and not handler.answer(200, {}, content)
+        return "/cdn/" in handler.path and not handler.answer(200, {}, content)
 
     hub.fault = fault
     with pytest.raises(DownloadError, match=r"m\.Q8_0\.gguf of tests/m-GGUF is longer than the hub announces"):
@@ -440,12 +440,12 @@ def test_answers_that_are_no_hubs(hub: Hub, body: bytes) -> None:
         find("o/x")
 
 
-def test_the_token_is_sent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_for_the_hub_alone(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    hub.fault = lambda handler: bool(seen.add(handler.headers.get("Authorization")))
+    hub.fault = lambda h: bool(seen.add((h.path.split("/")[1] == "cdn", h.headers.get("Authorization"))))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     find(f"{REPOSITORY}:Q4_K_M")
-    assert seen == {"Bearer hf_secret"}
+    assert seen == {(False, "Bearer hf_secret"), (True, None)}
 
 
 def test_two_at_once_download_once(hub: Hub) -> None:

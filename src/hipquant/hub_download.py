@@ -234,7 +234,15 @@ def _fetch(listing: Listing, path: str, remote: Remote, partial: Path) -> None:
     try:
         with _Bounded(partial, remote.nbytes) as file:
             there = file.seek(0, io.SEEK_END)
-            http_get(url, file, resume_size=there, headers=build_hf_headers(), expected_size=remote.nbytes)
+            name = path.rpartition("/")[2]
+            http_get(
+                url,
+                file,
+                resume_size=there,
+                headers=build_hf_headers(),
+                expected_size=remote.nbytes,
+                displayed_filename=name,
+            )
             file.flush()
             os.fsync(file.fileno())
     except _TooMuch as error:

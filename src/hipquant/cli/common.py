@@ -81,9 +81,10 @@ def open_model(path: str | None, device: str, threads: int | None, context: int 
         on.threads = threads
     if path == DEMO and not Path(path).exists():
         path = None
-    with interruptible(), Bar("loading") as bar:
+    with interruptible():
         found = find(path, free=on.free_memory, say=note) if path is not None else None
-        return load(found, on, context=context, sequences=sequences, progress=bar)
+        with Bar("loading") as bar:
+            return load(found, on, context=context, sequences=sequences, progress=bar)
 
 
 @contextlib.contextmanager
