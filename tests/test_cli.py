@@ -364,6 +364,12 @@ def test_chat_and_interactive_are_one_conversation(chatty):
     assert "prompt  " in call("chat", chatty, *options, "--stats", stdin="in the\n").stderr
 
 
+def test_a_model_without_a_template_says_so(plain, chatty):
+    for model, said in ((plain, True), (chatty, False)):
+        result = call("chat", model, "-n", "3", stdin="in\n")
+        assert ("no chat template: turns are written as User: and Assistant:" in result.stderr) == said
+
+
 @needs_demo
 def test_a_story_in_turns():
     result = call("chat", "-n", "8", "--seed", "1", stdin="Tell me more\n")

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 _log = logging.getLogger(__name__)
-_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?(?::([\w./+-]+))?")
+_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?(?::([\w./+-]+))?", re.ASCII)
+_NO_REPOSITORY = re.compile(r"\.\.|--|(^|/)[.-]|[.-](/|$)|\.(gguf|git)$", re.IGNORECASE)  # by the hub's own rules
 
 
 class Name(NamedTuple):
@@ -48,10 +49,9 @@ def parse(name: str) -> Name | None:
     base, revision, wanted = found.groups()
     if known := alias(base):
         return Name(known.repository, revision or known.revision, wanted or known.file)
-    owner, _, repository = base.partition("/")
-    if not repository or base.lower().endswith(".gguf") or ".." in f"{base} {revision}":
+    if "/" not in base or len(base) > 96 or _NO_REPOSITORY.search(base) or ".." in (revision or ""):
         return None
-    return None if {owner, repository} & {".", "-"} else Name(base, revision, wanted)
+    return Name(base, revision, wanted)
 
 
 def find(name: str | os.PathLike[str], *, free: int | None = None, say: Say = _log.info) -> Path:

@@ -95,7 +95,7 @@ def choose(
     """
     if wanted is not None:
         return _named(models, wanted, where)
-    if len(models) == 1:
+    if len(models) == 1 and models[0].runs:
         return models[0]
     families = {model.family for model in models}
     if len(families) > 1:

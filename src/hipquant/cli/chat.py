@@ -57,6 +57,8 @@ class Conversation:
         self.template = ChatTemplate.of(self.tokenizer)
         # The default template has no token that ends a turn, so the model goes on and speaks for the user.
         self.stop = ("\nUser:",) if self.tokenizer.chat_template is None else ()
+        if self.stop:
+            note("The file has no chat template: turns are written as User: and Assistant:.", dim=True)
         self.system = [{"role": "system", "content": system}] if system else []
         self.reset()
 
