@@ -22,6 +22,8 @@ class Hub:
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     fault: Callable[[Handler], bool] | None = None
     announced: dict[str, str] = field(default_factory=dict)  # SHA-256 by path, where it is not that of the content
+    lfs: bool = True  # else the files lie in git itself
+    sizes: dict[str, int] = field(default_factory=dict)  # by path, where the listing tells another one
     revisions: tuple[str, ...] = ("main", COMMIT)
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     url: str = ""
@@ -87,13 +89,14 @@ class Handler(BaseHTTPRequestHandler):
         elif revision not in self.hub.revisions:
             self.fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         else:
-            siblings = [
-                {"rfilename": path, "size": len(content), "blobId": "0" * 40,
-                 "lfs": {"sha256": self.hub.sha256(path, content), "size": len(content), "pointerSize": 134}}
-                for path, content in files.items()
-            ]  # fmt: skip
+            siblings = [self.sibling(path, content) for path, content in files.items()]
             body = {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings}
             self.answer(200, {"Content-Type": "application/json"}, json.dumps(body).encode())
+
+    def sibling(self, path: str, content: bytes) -> dict[str, object]:
+        size = self.hub.sizes.get(path, len(content))
+        lfs = {"sha256": self.hub.sha256(path, content), "size": size, "pointerSize": 134}
+        return {"rfilename": path, "size": size, "blobId": "0" * 40} | ({"lfs": lfs} if self.hub.lfs else {})
 
     def file(self, repository: str, revision: str, path: str) -> None:
         content = self.hub.repositories.get(repository, {}).get(path)
@@ -109,6 +112,9 @@ class Handler(BaseHTTPRequestHandler):
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if asked:
             start = int(asked[1])
+            if start >= len(content):
+                self.fail(416)
+                return
             self.answer(206, {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}, content[start:])
         else:
             self.answer(200, {}, content)

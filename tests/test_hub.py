@@ -222,6 +222,14 @@ def test_split_files_come_together(hub: Hub) -> None:
     assert [p.read_bytes() for p in sorted(path.parent.iterdir())] == [b"GGUF1", b"GGUF2", b"GGUF3"]
 
 
+def test_files_in_git_itself_are_left_to_the_library(hub: Hub) -> None:
+    hub.lfs = False
+    assert find(f"{REPOSITORY}:Q4_K_M").read_bytes() == CONTENT["m.Q4_K_M.gguf"]
+    hub.fault = lambda handler: handler.command == "HEAD" and handler.fail(403)
+    with pytest.raises(hipquant.HipquantError, match="Q8_0.gguf of tests/m-GGUF"):
+        find(f"{REPOSITORY}:Q8_0")
+
+
 def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = find(f"{REPOSITORY}:Q4_K_M")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -357,6 +365,20 @@ def test_wrong_content_is_thrown_away(hub: Hub) -> None:
 def test_a_partial_file_that_is_too_long_is_thrown_away(hub: Hub) -> None:
     leave_partial(CONTENT["m.Q8_0.gguf"] + b"more")
     assert find(f"{REPOSITORY}:Q8_0").read_bytes() == CONTENT["m.Q8_0.gguf"]
+
+
+def test_wrong_size(hub: Hub) -> None:
+    """The hub announces one byte more than it has, and later is right."""
+    content = CONTENT["m.Q8_0.gguf"]
+    hub.sizes["m.Q8_0.gguf"] = len(content) + 1
+    with pytest.raises(DownloadError, match=r"broke off \(Consistency check failed: .* are kept"):
+        find(f"{REPOSITORY}:Q8_0")
+    assert blobs() == {".incomplete": len(content)}
+    with pytest.raises(DownloadError, match=r"fails about m\.Q8_0\.gguf of tests/m-GGUF \(416 "):
+        find(f"{REPOSITORY}:Q8_0")
+    assert files_in_cache() == []
+    hub.sizes.clear()
+    assert find(f"{REPOSITORY}:Q8_0").read_bytes() == content
 
 
 def test_wrong_hash(hub: Hub) -> None:

@@ -21,7 +21,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from . import ops
+    from . import hub, ops
     from .codeobjects import QUANTIZED
     from .driver import device, devices
     from .models import Model, load
@@ -36,6 +36,7 @@ _LAZY = {
     "Tensor": "tensor",
     "device": "driver",
     "devices": "driver",
+    "hub": "",
     "load": "models",
     "ops": "",
 }
@@ -60,6 +61,7 @@ __all__ = [
     "__version__",
     "device",
     "devices",
+    "hub",
     "load",
     "ops",
 ]

@@ -13,7 +13,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,8 @@ def download(listing: Listing, path: str, say: Say) -> Path:
     except HipquantError:
         raise
     except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 416:  # it ends where the rest begins
+            partial.unlink(missing_ok=True)
         kept = partial.stat().st_size if partial.exists() else 0
         raise _explained(error, listing.repository, listing.revision, path, kept, remote.nbytes) from error
     _keep_revision(listing)
@@ -186,7 +188,7 @@ def download(listing: Listing, path: str, say: Say) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(listing: Listing, sha256: str, say: Say) -> Any:
+def _alone(listing: Listing, sha256: str, say: Say) -> Iterator[None]:
     """The library's own lock for a file of the cache."""
     lock = cache_folder() / ".locks" / listing.folder.name / f"{sha256}.lock"
     for folder in (lock.parent, listing.folder / "blobs"):
