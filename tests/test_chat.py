@@ -1,6 +1,13 @@
+import json
+import os
+import re
 import time
+from pathlib import Path
 
+import jinja2
 import pytest
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hipquant import chat
 from hipquant.chat import DEFAULT_TEMPLATE, ChatTemplate
@@ -67,6 +74,78 @@ def test_chatml():
 )  # fmt: skip
 def test_what_templates_use(source, text):
     assert render(source) == text
+
+
+class Generation(Extension):
+    tags = {"generation"}  # noqa: RUF012 (Jinja's interface)
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def plain_render(source, **names):
+    """By Jinja's sandbox as it is, with what transformers adds."""
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
+    return environment.from_string(source).render(**names)
+
+
+FUNCTION = {
+    "name": "weather",
+    "description": "Of a city <é>",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "description": "which"}},
+        "required": ["city"],
+    },
+}
+CALLED = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"id": "abcdef123", "type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    ],
+}
+ANSWERED = {"role": "tool", "tool_call_id": "abcdef123", "name": "weather", "content": "sunny"}
+THOUGHT = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYo", "reasoning_content": "hm"}
+CONVERSATIONS = {
+    "a question": MESSAGES[1:2],
+    "a conversation": MESSAGES,
+    "no system": MESSAGES[1:],
+    "a call": [MESSAGES[1], CALLED, ANSWERED],
+    "thinking": [MESSAGES[1], THOUGHT, MESSAGES[3]],
+    "parts": [{"role": "user", "content": [{"type": "text", "text": "Look"}]}],
+}  # fmt: skip
+TEMPLATES = sorted(Path(os.environ.get("HIPQUANT_VOCABS") or "/none").glob("templates/*.jinja"))
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="HIPQUANT_VOCABS does not name models/ of llama.cpp, with its templates/")
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_of_models_are_rendered_as_by_a_plain_sandbox(path):
+    """The limits stop none of them, and a template that refuses a conversation refuses it with the same words."""
+    source = path.read_text()
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    for messages in CONVERSATIONS.values():
+        for tools in (None, [{"type": "function", "function": FUNCTION}]):
+            names = {"messages": messages, "tools": tools, "add_generation_prompt": True, "documents": None}
+            try:
+                expected = plain_render(source, bos_token="<s>", eos_token="</s>", **names)
+            except Exception as error:
+                with pytest.raises(ChatTemplateError, match=re.escape(str(error))):
+                    template.render(messages, tools=tools)
+            else:
+                assert template.render(messages, tools=tools) == expected
 
 
 def test_extra_names_and_tools():

@@ -199,6 +199,10 @@ def test_what_users_get_wrong(plain, mute, folder):
     "args",
     [
         ["run", "-p", "in", "-n", "-1"],
+        ["run", "a.gguf", "--model", "b.gguf", "-p", "in"],
+        ["run", "-i", "--json"],
+        ["run", "-i", "--no-chat"],
+        ["chat", "--json"],
         ["run", "-p", "in", "-n", "many"],
         ["run", "-p", "in", "--threads", "0"],
         ["run", "-p", "in", "--seed", "-1"],
@@ -340,6 +344,40 @@ def test_one_answer_without_the_question(chatty):
     assert f"prompt     {len(tokens)} tokens" in result.stderr
     expected = model.generate(tokens, max_tokens=4, seed=2).text
     assert result.stdout == expected.lstrip() + "\n"
+
+
+def test_chat_and_interactive_are_one_conversation(chatty):
+    model, seed = hipquant.load(chatty), 7
+    conversation, answers = Conversation(model, "Be brief."), []
+    for turn, said in enumerate(("in the", "and on")):
+        conversation.ask(said)
+        generation = model.generate(conversation.prompt(), max_tokens=5, seed=seed + turn)
+        answers.append(generation.text)
+        conversation.answer(answers[-1], generation)
+    expected = "".join(answer.lstrip() + "\n" for answer in answers)
+    options = ("-n", "5", "--seed", str(seed), "--system", "Be brief.")
+    for args, stdin in (
+        (("chat", chatty, *options), "in the\nand on\n"),
+        (("run", "--model", chatty, "-i", *options), "in the\nand on\n"),
+        (("run", "-i", chatty, "-p", "in the", *options), "and on\n"),
+    ):
+        result = call(*args, stdin=stdin)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == expected, args
+    assert "prompt  " in call("chat", chatty, *options, "--stats", stdin="in the\n").stderr
+
+
+def test_a_model_without_a_template_says_so(plain, chatty):
+    for model, said in ((plain, True), (chatty, False)):
+        result = call("chat", model, "-n", "3", stdin="in\n")
+        assert ("no chat template: turns are written as User: and Assistant:" in result.stderr) == said
+
+
+@needs_demo
+def test_a_story_in_turns():
+    result = call("chat", "-n", "8", "--seed", "1", stdin="Tell me more\n")
+    assert result.exit_code == 0
+    assert len(result.stdout.split()) > 3
 
 
 def test_an_answer_ends_at_a_stop_text(chatty, plain):

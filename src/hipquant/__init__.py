@@ -8,18 +8,20 @@ from .errors import (
     ChatTemplateError,
     ContextLengthError,
     DeviceNotFoundError,
+    DownloadError,
     DriverError,
     HipquantError,
     InvalidCodeObjectError,
     InvalidModelFileError,
     KernelNotFoundError,
+    ModelNotFoundError,
     OutOfDeviceMemoryError,
     TokenizerError,
     UnsupportedQuantTypeError,
 )
 
 if TYPE_CHECKING:
-    from . import ops
+    from . import hub, ops
     from .codeobjects import QUANTIZED
     from .driver import device, devices
     from .models import Model, load
@@ -34,6 +36,7 @@ _LAZY = {
     "Tensor": "tensor",
     "device": "driver",
     "devices": "driver",
+    "hub": "",
     "load": "models",
     "ops": "",
 }
@@ -43,12 +46,14 @@ __all__ = [
     "ChatTemplateError",
     "ContextLengthError",
     "DeviceNotFoundError",
+    "DownloadError",
     "DriverError",
     "HipquantError",
     "InvalidCodeObjectError",
     "InvalidModelFileError",
     "KernelNotFoundError",
     "Model",
+    "ModelNotFoundError",
     "OutOfDeviceMemoryError",
     "Tensor",
     "TokenizerError",
@@ -56,6 +61,7 @@ __all__ = [
     "__version__",
     "device",
     "devices",
+    "hub",
     "load",
     "ops",
 ]

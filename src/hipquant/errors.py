@@ -14,6 +14,14 @@ class InvalidModelFileError(HipquantError, ValueError):
     """The file is not a GGUF model that can be used: what was found, at which key, tensor or byte."""
 
 
+class ModelNotFoundError(HipquantError, ValueError):
+    """No model of this name, or none that may be had: the message says where it was looked for, and what there is."""
+
+
+class DownloadError(HipquantError, RuntimeError):
+    """A model that could not be downloaded; what has arrived is kept, unless it is wrong."""
+
+
 class UnsupportedQuantTypeError(HipquantError, ValueError):
     """A quant type that an operation does not know."""
 

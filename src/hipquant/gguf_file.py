@@ -126,36 +126,41 @@ _KINDS: dict[type, str] = {
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor of a file: `shape` is row-major, its last dimension contiguous (ggml's ne[0]); `offset` is in bytes
-    from the start of the file."""
+    from the start of the file, or of the model's part that holds it (from 0)."""
 
     name: str
     type: QuantType
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    part: int = 0
 
 
 class GGUFFile:
-    """An open GGUF file.
+    """An open GGUF file, or all files of a model in parts (`gguf_parts.py`), of which `path` is the first.
 
     `metadata` maps keys to Python scalars, text (what is not UTF-8 is replaced), 1-D numpy arrays and
     `StringArray`; `tensors` maps names to `TensorInfo`, both in the order of the file. Usable as a context manager;
     metadata and the views made by `data` stay valid after `close`.
 
-    Raises `InvalidModelFileError` if the file is missing, unreadable, truncated, of several parts, or contradicts
-    itself; `UnsupportedQuantTypeError` for a tensor of a type that is not in the type table.
+    Raises `InvalidModelFileError` if the file or a part is missing, unreadable, truncated, or contradicts itself;
+    `UnsupportedQuantTypeError` for a tensor of a type that is not in the type table.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, part: int = 0) -> None:
+        """`part` says that this is opened as a later part of a model."""
+        self.path, self._others = Path(path), list[GGUFFile]()
         self._map: mmap.mmap | None = _map_file(self.path)
         header = _Header(self.path, self._map)
         try:
             self.version, n_tensors, n_keys = header.read_start()
             self.metadata: dict[str, Value] = header.read_metadata(n_keys)
-            _reject_parts(self)
             self.alignment = _alignment(self)
             self.tensors: dict[str, TensorInfo] = header.read_tensors(n_tensors, self.alignment)
+            if not part and (count := self.get("split.count", int, 1)) > 1:
+                from .gguf_parts import open_others
+
+                self._others = open_others(self, count)
         except BaseException:
             self.close()
             raise
@@ -163,12 +168,13 @@ class GGUFFile:
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor: read-only uint8 [nbytes], a view of the mapping. `KeyError` for an unknown name."""
         info = self.tensors[name]
-        return np.frombuffer(self._mapping(), np.uint8, info.nbytes, info.offset)
+        return np.frombuffer(self._part(info)._mapping(), np.uint8, info.nbytes, info.offset)
 
     def release(self, name: str, start: int = 0, nbytes: int | None = None) -> None:
         """Lets go of the memory of a tensor's pages (of `nbytes` bytes from its byte `start`), or does nothing where
         the system cannot. Views stay valid: pages that are touched again are read again."""
-        info, mapping = self.tensors[name], self._mapping()
+        info = self.tensors[name]
+        mapping = self._part(info)._mapping()
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         length = info.nbytes - start if nbytes is None else nbytes
@@ -223,10 +229,15 @@ class GGUFFile:
 
     def close(self) -> None:
         """Unmaps the file, or leaves that to the last view of it that is still in use. May be called twice."""
+        for other in self._others:
+            other.close()
         mapping, self._map = self._map, None
         if mapping is not None:
             with contextlib.suppress(BufferError):  # views are in use: the mapping goes when the last of them does
                 mapping.close()
+
+    def _part(self, info: TensorInfo) -> GGUFFile:
+        return self._others[info.part - 1] if info.part else self
 
     def _mapping(self) -> mmap.mmap:
         if self._map is None:
@@ -450,16 +461,6 @@ def _map_file(path: Path) -> mmap.mmap:
         if isinstance(error, InvalidModelFileError):
             raise
         raise InvalidModelFileError(f"{path}: it cannot be opened and mapped: {error}") from error
-
-
-def _reject_parts(file: GGUFFile) -> None:
-    parts = file.get("split.count", int, 1)
-    if parts > 1:
-        part = file.get("split.no", int, 0) + 1
-        file.fail(
-            f"this is part {part} of a model in {parts} files, which hipquant does not read yet; "
-            "merge them with llama.cpp: `llama-gguf-split --merge FIRST_PART.gguf MERGED.gguf`"
-        )
 
 
 def _alignment(file: GGUFFile) -> int:

@@ -45,25 +45,29 @@ _DEEPSEEK_LLM = (
 _DEEPSEEK_V3 = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
 _DEEPSEEK_V3 += r"| ?[\p{P}\p{S}]+[\r\n]*" + _LINES
 
-_LLAMA3 = PreTokenizer((_words("{1,3}"),), whole_words=True, add_bos=True)
+# Old files name no pre-tokenizer. These architectures have one all the same; for others llama.cpp's guess is taken.
+OF_ARCHITECTURE = {"gpt2": "gpt-2", "phi2": "phi-2"}
 
 PRE_TOKENIZERS = {
     name: pre
     for names, pre in {
-        "default gpt-2 phi-2 mpt olmo jais exaone4 mellum": PreTokenizer((_GPT2,)),
-        "starcoder refact command-r smollm codeshell exaone minerva-7b": PreTokenizer((r"\p{N}", _GPT2)),
+        "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+        "gpt-2 phi-2 mpt olmo jais exaone4 mellum gigachat a.x-4.0 trillion granite-docling": PreTokenizer((_GPT2,)),
+        "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2": PreTokenizer((r"\p{N}", _GPT2)),
         "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
-        "llama-bpe llama3 llama-v3 falcon3 pixtral lfm2": PreTokenizer(
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral lfm2 midm-2.0": PreTokenizer(
             (_words("{1,3}"),), whole_words=True, add_bos=True
         ),
         "dbrx smaug-bpe chatglm-bpe": PreTokenizer((_words("{1,3}"),)),
-        "glm4": PreTokenizer((_words("{1,3}"),), whole_words=True),
-        "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan grok-2": PreTokenizer((_words(""),)),
+        "glm4 glm5": PreTokenizer((_words("{1,3}"),), whole_words=True),
+        "qwen2 deepseek-r1-qwen stablelm2 megrez hunyuan grok-2 kormo": PreTokenizer((_words(""),)),
         "qwen35": PreTokenizer((_QWEN35,)),
         "deepseek-llm": PreTokenizer(_DEEPSEEK_LLM),
         "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
-        "deepseek-v3 hunyuan-dense": PreTokenizer((r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK_V3)),
-        "gpt-4o llama4 kanana2": PreTokenizer((_cased(_CONTRACTION + "?", "{1,3}"),)),
+        "deepseek-v3 hunyuan-dense joyai-llm hy_v4": PreTokenizer(
+            (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK_V3)
+        ),
+        "gpt-4o o200k llama4 kanana2 minimax-m2": PreTokenizer((_cased(_CONTRACTION + "?", "{1,3}"),)),
         "tekken": PreTokenizer((_cased("", ""),), whole_words=True, add_bos=True),
     }.items()
     for name in names.split()

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InvalidModelFileError, TokenizerError
-from .pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from .pre_tokenizers import OF_ARCHITECTURE, PRE_TOKENIZERS, PreTokenizer
 
 _log = logging.getLogger(__name__)
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -308,9 +308,10 @@ class Tokenizer:
     def _pre_tokenizer(self, metadata: Mapping[str, Any]) -> PreTokenizer:
         name = metadata.get("tokenizer.ggml.pre")
         if name is None:
-            self.notes += ("the file names no pre-tokenizer (tokenizer.ggml.pre): GPT-2's is used, as in old files",)
+            name = OF_ARCHITECTURE.get(str(metadata.get("general.architecture")), "default")
+            taken = f"that of {name} is taken" if name != "default" else "llama.cpp's guess is taken; convert it again"
+            self.notes += (f"the file names no pre-tokenizer (tokenizer.ggml.pre), as old files do: {taken}",)
             _log.warning(self.notes[-1])
-            name = "default"
         if name not in PRE_TOKENIZERS:
             known = " ".join(sorted(PRE_TOKENIZERS))
             raise TokenizerError(f"tokenizer.ggml.pre names an unknown pre-tokenizer {name!r}; known: {known}")

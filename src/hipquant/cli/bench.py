@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import device_options, emit, emit_json, json_option, open_model, placement, table
+from .common import device_options, emit, emit_json, json_option, model_argument, open_model, placement, table
 
 if TYPE_CHECKING:
     from ..models import Model
@@ -58,7 +58,7 @@ class Result:
 
 
 @click.command("bench")
-@click.argument("model", required=False)
+@model_argument
 @click.option("-p", "--prompt", default=128, show_default=True, type=click.IntRange(min=0), help="Tokens of a prompt.")
 @click.option("-n", "--tokens", default=32, show_default=True, type=click.IntRange(min=0), help="Tokens to generate.")
 @click.option("-r", "--repeat", default=3, show_default=True, type=click.IntRange(min=1), help="Times to measure.")
@@ -83,7 +83,7 @@ def command(
     gpu_layers: GpuLayers,
     as_json: bool,
 ) -> None:
-    """Measures MODEL, a GGUF file (default: the demo model), on random tokens.
+    """Measures MODEL, a GGUF file, a folder or a name (default: the demo model), on random tokens.
 
     pp: tokens of a prompt in one go; tg: one token after the other; batch: one token each of several sequences at once,
     8 in a pass on a GPU. Given are the median and half the range. GB/s counts the weights that are read. A report holds

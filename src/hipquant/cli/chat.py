@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from ..chat import ChatTemplate
 from ..errors import ChatTemplateError, HipquantError
-from .common import Bar, emit, note
-from .run import stats, turn_params
+from .common import Bar, device_options, emit, interruptible, model_argument, note, open_model, tolerate_output_encoding
+from .run import generation_options, sampling_params, stats, turn_limit, turn_params
 
 if TYPE_CHECKING:
     from ..generate import Generation
@@ -25,6 +28,26 @@ Ctrl-C stops an answer. Everything else is said to the model."""
 SEQUENCE = 0
 
 
+@click.command("chat")
+@model_argument
+@generation_options
+@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@click.option("--stats", is_flag=True, help="Times on standard error after each answer.")
+@device_options
+def command(model: str | None, system: str | None, stats: bool, **options: Any) -> None:
+    """Talks with MODEL: a GGUF file, a folder, or a name such as HuggingFaceTB/SmolLM2-1.7B-Instruct (default: the
+    demo model, which tells a story in turns), by the chat template that the file brings.
+
+    Ctrl-C stops an answer, and at the prompt ends the program, as Ctrl-D does; /help lists the commands. When the
+    context is full, the oldest turns are forgotten.
+    """
+    params = sampling_params(options)
+    tolerate_output_encoding()
+    loaded = open_model(model, options["device"], options["threads"], options["context"])
+    with interruptible():
+        converse(loaded, params, turn_limit(model, options["tokens"]), options["stop"], system, stats)
+
+
 class Conversation:
     """Messages and their tokens. A later prompt begins with the very tokens of the earlier ones, generated ones too
     (encoding their text again could cut it otherwise), so that the KV cache is not computed twice."""
@@ -34,6 +57,8 @@ class Conversation:
         self.template = ChatTemplate.of(self.tokenizer)
         # The default template has no token that ends a turn, so the model goes on and speaks for the user.
         self.stop = ("\nUser:",) if self.tokenizer.chat_template is None else ()
+        if self.stop:
+            note("The file has no chat template: turns are written as User: and Assistant:.", dim=True)
         self.system = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -96,14 +121,21 @@ class Conversation:
 
 
 def converse(
-    model: Model, params: SamplingParams, limit: int | None, stop: Sequence[str], system: str | None, show_stats: bool
+    model: Model,
+    params: SamplingParams,
+    limit: int | None,
+    stop: Sequence[str],
+    system: str | None,
+    show_stats: bool,
+    first: str | None = None,
 ) -> None:
-    """Talks with the user of the terminal until the end of the input."""
+    """Talks with the user of the terminal until the end of the input; `first` is a message that is known already."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (line editing and history for input)
     conversation, turn = Conversation(model, system), 0
     note(f"{model.name}. Ctrl-D ends, /help lists the commands.", dim=True)
-    while (text := _ask()) is not None:
+    ask = itertools.chain(() if first is None else (first.strip(),), iter(_ask, None))
+    for text in ask:
         if text in ("/quit", "/exit"):
             return
         if text == "/help":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import signal
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
@@ -59,6 +60,20 @@ class GpuLayersType(click.ParamType):  # type: ignore[type-arg]  # generic from 
         return int(text)
 
 
+def model_argument(function: F) -> F:
+    """MODEL, which may also be given as --model."""
+
+    @click.argument("model", required=False)
+    @click.option("--model", "model_option", metavar="MODEL", help="The same as the argument MODEL.")
+    @functools.wraps(function)
+    def command(model: str | None, model_option: str | None, **options: Any) -> Any:
+        if model is not None and model_option is not None:
+            raise click.UsageError(f"the model is given twice: {model!r} and {model_option!r}")
+        return function(model=model_option if model is None else model, **options)
+
+    return cast(F, command)
+
+
 def device_options(function: F) -> F:
     """--device, --gpu-layers, --threads and --cache-type."""
     layers = click.option(
@@ -93,11 +108,13 @@ def open_model(
     cache_type: str = "f16",
     gpu_layers: GpuLayers = "auto",
 ) -> Model:
-    """Loads a model, with a bar if that takes long. No path, or `demo` where there is no such file: the demo model.
+    """Loads a model, with a bar if that takes long; `path` may be a name, too (`hipquant.hub`).
 
-    Where a number of layers was asked for, a line on standard error says which run where.
+    No path, or `demo` where there is no such file: the demo model. Where a number of layers was asked for, a line on
+    standard error says which run where.
     """
     from ..driver import device as get_device
+    from ..hub import find
     from ..models import load
 
     on = get_device(device)
@@ -105,10 +122,13 @@ def open_model(
         (on if gpu_layers == "auto" else get_device("cpu")).threads = threads
     if path == DEMO and not Path(path).exists():
         path = None
-    with interruptible(), Bar("loading") as bar:
-        model = load(
-            path, on, context=context, sequences=sequences, cache_type=cache_type, gpu_layers=gpu_layers, progress=bar
-        )
+    kinds: dict[str, Any] = {"context": context, "sequences": sequences}
+    kinds |= {"cache_type": cache_type, "gpu_layers": gpu_layers}
+    with interruptible():
+        free = on.free_memory if gpu_layers == "auto" else None  # the CPU has the rest
+        found = find(path, free=free, say=note) if path is not None else None
+        with Bar("loading") as bar:
+            model = load(found, on, progress=bar, **kinds)
     if gpu_layers != "auto":
         note(placement(model))
     return model

@@ -55,7 +55,8 @@ def command(
     gpu_layers: GpuLayers,
     as_json: bool,
 ) -> int:
-    """Perplexity of MODEL on TEXT, a file or - for standard input, with its standard error, and bits per byte.
+    """Perplexity of MODEL (a GGUF file, a folder or a name) on TEXT, a file or - for standard input, with its standard
+    error, and bits per byte.
 
     The same procedure as llama.cpp's llama-perplexity, so that its figures can be compared. A newline at the end of
     the text does not count.

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import (
+    DEMO,
     Bar,
+    F,
     device_options,
     emit,
     emit_json,
     interruptible,
     json_option,
+    model_argument,
     note,
     open_model,
     placement,
@@ -34,26 +37,75 @@ DEFAULT_TOKENS = 200
 STORY_TOKENS = 100  # of a turn of the demo model, which never ends one by itself
 
 
+def generation_options(function: F) -> F:
+    """How text is made: the tokens, their choice, where it ends."""
+    options = (
+        click.option("-n", "--tokens", type=click.IntRange(min=0), help="Most tokens (default: 200; chat: no limit)."),
+        click.option("--temp", default=0.8, show_default=True, help="Temperature; 0 always takes the best token."),
+        click.option("--top-k", default=40, show_default=True, help="Choose among the k best tokens; 0: all."),
+        click.option("--top-p", default=0.95, show_default=True, help="Choose among the best that sum to p; 1: all."),
+        click.option(
+            "--min-p", default=0.05, show_default=True, help="Least probability relative to the best; 0: all."
+        ),
+        click.option(
+            "--repeat-penalty", default=1.0, show_default=True, help="Divides logits of recent tokens; 1: off."
+        ),
+        click.option(
+            "--seed", type=click.IntRange(min=0), help="Repeats a run (default: a new one, shown at the end)."
+        ),
+        click.option(
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            callback=_stops,
+            help="End where this text comes; may be given several times.",
+        ),
+        click.option(
+            "-c", "--context", type=click.IntRange(min=1), help="Tokens of the context (default: at most 8192)."
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _stops(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in texts:
+        raise click.BadParameter("an empty text is found everywhere")
+    return texts
+
+
+def sampling_params(options: dict[str, Any]) -> SamplingParams:
+    """Of the values of `generation_options`."""
+    import numpy.random  # noqa: F401 (imported here, where Ctrl-C just ends, and not by the sampler)
+
+    from ..sampling import SamplingParams
+
+    seed = options["seed"]
+    return SamplingParams(
+        temperature=options["temp"],
+        top_k=options["top_k"],
+        top_p=options["top_p"],
+        min_p=options["min_p"],
+        repetition_penalty=options["repeat_penalty"],
+        seed=int.from_bytes(os.urandom(4), "little") if seed is None else seed,
+    )
+
+
 @click.command("run")
-@click.argument("model", required=False)
+@model_argument
 @click.option("-p", "--prompt", help="The text to continue, or with --chat to answer (default: standard input).")
-@click.option("-n", "--tokens", type=click.IntRange(min=0), help="Most tokens to make (default: 200; chat: no limit).")
-@click.option("--temp", default=0.8, show_default=True, help="Temperature; 0 always takes the best token.")
-@click.option("--top-k", default=40, show_default=True, help="Choose among the k best tokens; 0: all.")
-@click.option("--top-p", default=0.95, show_default=True, help="Choose among the best that sum to p; 1: all.")
-@click.option("--min-p", default=0.05, show_default=True, help="Least probability relative to the best; 0: all.")
-@click.option("--repeat-penalty", default=1.0, show_default=True, help="Divides logits of recent tokens; 1: off.")
-@click.option("--seed", type=click.IntRange(min=0), help="Repeats a run (default: a new one, shown at the end).")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End where this text comes; may be given several times.")
-@click.option("-c", "--context", type=click.IntRange(min=1), help="Tokens of the context (default: at most 8192).")
+@click.option("-i", "--interactive", is_flag=True, help="A conversation, as `hipquant chat`; -p is its first message.")
+@generation_options
 @click.option("--chat/--no-chat", default=None, help="Use the model's chat template, or continue the text as it is.")
 @click.option("--system", metavar="TEXT", help="With --chat: what the model is told before the conversation.")
 @click.option("--stats/--no-stats", default=None, help="Times on standard error (default: not in a conversation).")
 @click.option("--verbose-prompt", is_flag=True, help="Show the tokens of the prompt on standard error.")
 @device_options
 @json_option
-def command(model: str | None, prompt: str | None, chat: bool | None, seed: int | None, **options: Any) -> int:
-    """Generates text with MODEL, a GGUF file (default: the demo model, a teller of fairy tales).
+def command(model: str | None, prompt: str | None, interactive: bool, chat: bool | None, **options: Any) -> int:
+    """Generates text with MODEL: a GGUF file, a folder, or a name such as microsoft/phi-2 or
+    TheBloke/phi-2-GGUF:Q4_K_M (default: the demo model, a teller of fairy tales).
 
     With -p or text on standard input, the text is printed and continued. Without either, on a terminal, a
     conversation begins (with the demo model: a story, told in turns). --chat with -p answers one message and prints
@@ -62,23 +114,16 @@ def command(model: str | None, prompt: str | None, chat: bool | None, seed: int 
     In a conversation, Ctrl-C stops an answer, and at the prompt ends the program, as Ctrl-D does; /help lists the
     commands. When the context is full, the oldest turns are forgotten.
     """
-    import numpy.random  # noqa: F401 (imported here, where Ctrl-C just ends, and not by the sampler)
-
-    from ..sampling import SamplingParams
-
-    if "" in options["stop"]:
-        raise click.BadParameter("an empty text is found everywhere", param_hint="'--stop'")
-    prompt, chat = _mode(model, prompt, chat, options["as_json"])
+    if interactive and (chat is False or options["as_json"]):
+        raise click.UsageError("-i is for conversations in the terminal, without --no-chat and --json")
+    first = prompt
+    if interactive:
+        prompt, chat = None, True
+    else:
+        prompt, chat = _mode(model, prompt, chat, options["as_json"])
     if options["system"] is not None and not chat:
         raise click.UsageError("--system is for --chat")
-    params = SamplingParams(
-        temperature=options["temp"],
-        top_k=options["top_k"],
-        top_p=options["top_p"],
-        min_p=options["min_p"],
-        repetition_penalty=options["repeat_penalty"],
-        seed=int.from_bytes(os.urandom(4), "little") if seed is None else seed,
-    )
+    params = sampling_params(options)
     if prompt == "":
         raise click.ClickException("the prompt is empty: give a text with -p or on standard input")
     tolerate()
@@ -89,11 +134,16 @@ def command(model: str | None, prompt: str | None, chat: bool | None, seed: int 
     if prompt is None:
         from .chat import converse
 
-        limit = STORY_TOKENS if model in (None, "demo") and options["tokens"] is None else options["tokens"]
+        limit = turn_limit(model, options["tokens"])
         with interruptible():
-            converse(loaded, params, limit, options["stop"], options["system"], bool(options["stats"]))
+            converse(loaded, params, limit, options["stop"], options["system"], bool(options["stats"]), first)
         return 0
     return _Run(loaded, params, begun, options).go(prompt, chat)
+
+
+def turn_limit(model: str | None, tokens: int | None) -> int | None:
+    """Most tokens of a turn of a conversation."""
+    return STORY_TOKENS if model in (None, DEMO) and tokens is None else tokens
 
 
 def _mode(model: str | None, prompt: str | None, chat: bool | None, as_json: bool) -> tuple[str | None, bool]:

@@ -13,6 +13,7 @@ from ..driver import Device
 from ..driver import device as get_device
 from ..errors import InvalidModelFileError
 from ..gguf_file import GGUFFile, StringArray
+from ..hub import find
 from ..tokenizer import has_vocabulary
 from ..wiring import CACHE_TYPES
 from .model import Model
@@ -49,6 +50,8 @@ def load(
 ) -> Model:
     """Loads a GGUF model (default: the demo model of the package) onto a device.
 
+    `path` is a file, a folder, or the name of a model such as "microsoft/phi-2" or "TheBloke/phi-2-GGUF:Q4_K_M",
+    which `hipquant.hub.find` looks for where there is no such path.
     `context` is the number of positions of a sequence (default: what the model was trained for, at most 8192),
     `sequences` the number of independent sequences in the KV cache (default: 4 on the CPU, whose memory is used as
     it fills, 1 on a GPU, where it is taken at once).
@@ -58,14 +61,15 @@ def load(
     on the CPU. "auto": all of them, or `OutOfDeviceMemoryError`, which says how many would fit. 0: all on the CPU, and
     nothing is asked of the GPU.
     `progress(done, total)` is called with bytes of weights. Raises `InvalidModelFileError`,
-    `UnsupportedQuantTypeError`, `OutOfDeviceMemoryError` or `DeviceNotFoundError`.
+    `ModelNotFoundError`, `DownloadError`, `UnsupportedQuantTypeError`, `OutOfDeviceMemoryError` or
+    `DeviceNotFoundError`.
     """
     if cache_type not in CACHE_TYPES:
         raise ValueError(f"cache_type must be one of {', '.join(CACHE_TYPES)}, not {cache_type!r}")
     on, layers = _placed(get_device(device), gpu_layers)
     if sequences is None:
         sequences = DEFAULT_SEQUENCES if on.kind == "cpu" else 1
-    file = GGUFFile(path if path is not None else DEMO)
+    file = GGUFFile(find(path, free=on.free_memory) if path is not None else DEMO)
     architecture = file.require("general.architecture", str)
     if architecture not in ARCHITECTURES:
         raise InvalidModelFileError(
