@@ -14,6 +14,14 @@ class InvalidModelFileError(HipquantError, ValueError):
     """The file is not a GGUF model that can be used: what was found, at which key, tensor or byte."""
 
 
+class OutputFileError(HipquantError, OSError):
+    """A file that cannot be written: it exists, there is no room, no permission."""
+
+
+class QuantizationError(HipquantError, ValueError):
+    """Weights, types or an importance matrix with which a model cannot be quantized."""
+
+
 class UnsupportedQuantTypeError(HipquantError, ValueError):
     """A quant type that an operation does not know."""
 
