@@ -1,4 +1,4 @@
-// `quantize_*`: rows of float32 weights to blocks of a type, as search.h finds their scales.
+// `quantize_*`: rows of float32 weights to blocks of a type, with the scales that search.h finds.
 #include "launch.h"
 #include "search.h"
 #include "types.h"
@@ -11,15 +11,13 @@ struct Source {
     int64_t ncols;
 };
 
-
 // The sub-blocks of a tile, the last of them again where the part has fewer.
 template <class Q> HQ_INLINE void read_tile(Tile<Q::kSub>& t, const Source& from, int64_t at, int lanes) {
     for (int lane = 0; lane < kLanes; lane++) {
-        const int64_t begin = at + (lane < lanes ? lane : lanes - 1) * Q::kSub;
-        const float* w = from.importance + begin % from.ncols;
+        const int64_t begin = at + (lane < lanes ? lane : lanes - 1) * Q::kSub, column = begin % from.ncols;
         for (int j = 0; j < Q::kSub; j++) {
             t.x[j][lane] = from.x[begin + j];
-            t.w[j][lane] = from.importance ? w[j] : 1;
+            t.w[j][lane] = from.importance ? from.importance[column + j] : 1;
         }
     }
 }
@@ -27,7 +25,7 @@ template <class Q> HQ_INLINE void read_tile(Tile<Q::kSub>& t, const Source& from
 template <class Q> HQ_INLINE void write_tile(typename Q::Block* y, const Tile<Q::kSub>& t, const Scales& s, int lanes) {
     constexpr int G = Q::kBlock / Q::kSub;
     Parts<Q::kBlock> parts[kLanes / G];
-    const f32x16 scale = inverse(s.a()), shift = -s.m() * scale;
+    const f32x16 scale = inverse(s.d * s.scale), shift = s.e * s.minimum * scale;
     for (int lane = 0; lane < kLanes; lane++) {
         parts[lane / G].d = float_to_half(s.d[lane]);
         parts[lane / G].e = float_to_half(s.e[lane]);
