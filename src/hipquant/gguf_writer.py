@@ -11,13 +11,14 @@ import contextlib
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from .errors import OutputFileError
@@ -35,6 +36,7 @@ class Uint32:
     value: int
 
 
+Data = bytes | npt.NDArray[Any]
 KeyValue = Uint32 | int | float | bool | str | Sequence[int] | Sequence[float] | Sequence[str]
 
 
@@ -81,6 +83,10 @@ def _scalar(value: Any) -> tuple[int, bytes]:
     return _STRING, _string(value)
 
 
+def _bytes(data: Data) -> memoryview:
+    return (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
+
+
 class GGUFWriter:
     """A context: `write` takes the tensors' bytes, one tensor after the other in the order of `tensors`, each in parts
     of any size. At the end the file is there; after an error it is as if nothing had been written.
@@ -105,7 +111,11 @@ class GGUFWriter:
         header = self._header(keys)
         self.nbytes = len(header) + sum(self._padded(t.nbytes) for t in self._tensors)
         self._open()
-        self._write(header)
+        try:
+            self._write(header)
+        except BaseException:
+            self._abandon()
+            raise
 
     def _header(self, keys: Iterable[bytes]) -> bytes:
         raw = list(keys)
@@ -125,30 +135,32 @@ class GGUFWriter:
         if self.path.is_dir():
             raise OutputFileError(f"{self.path}: this is a folder; give the path of a file in it")
         if self.path.exists() and not self.replace:
-            raise OutputFileError(f"{self.path}: the file exists; remove it, choose another name, or replace it (--force)")
+            raise OutputFileError(f"{self.path}: the file exists; choose another name, or replace it (--force)")
         with self._told():
             free = shutil.disk_usage(self.path.absolute().parent).free
-            if free < self.nbytes:
-                have = f"{self.nbytes / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free"
-                raise OutputFileError(f"{self.path}: {have} in its folder; make room or write elsewhere")
-            self._file = open(self.partial, "wb", buffering=0)
+        if free < self.nbytes:
+            have = f"{self.nbytes / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free"
+            raise OutputFileError(f"{self.path}: {have} in its folder; make room or write elsewhere")
+        with self._told():
+            self._file = open(self.partial, "wb", buffering=0)  # noqa: SIM115
 
     @contextlib.contextmanager
-    def _told(self) -> Any:
+    def _told(self) -> Iterator[None]:
+        """Errors of the system as sentences."""
         try:
             yield
         except OSError as error:
             raise OutputFileError(f"{self.path}: it cannot be written: {error.strerror or error}") from error
 
-    def _write(self, data: bytes | npt.NDArray[Any]) -> None:
-        rest = memoryview(data).cast("B")
+    def _write(self, data: Data) -> None:
+        rest = _bytes(data)
         with self._told():
             while len(rest):
                 rest = rest[self._file.write(rest) :]
 
-    def write(self, data: bytes | npt.NDArray[Any]) -> None:
+    def write(self, data: Data) -> None:
         """The next bytes of the tensor that is not complete yet. `ValueError` if they are more than it lacks."""
-        n = memoryview(data).nbytes
+        n = _bytes(data).nbytes
         if not self._left or n > self._left[-1]:
             raise ValueError(f"{n} bytes, but the tensor lacks {self._left[-1] if self._left else 0}")
         self._write(data)

@@ -44,8 +44,7 @@ def command(
     """
     from ..driver import device
     from ..gguf_file import GGUFFile
-    from ..quantize import file_type, matrix_type, plan, quantize_file
-    from ..quantize.imatrix import load_importance
+    from ..quantize import file_type, load_importance, matrix_type, plan, quantize_file
 
     wanted, types = file_type(kind), [None if t is None else matrix_type(t) for t in (output, embedding)]
     cpu = device("cpu")

@@ -28,7 +28,18 @@ from ..wiring import find
 from .imatrix import F32Array, Importance, load_importance
 from .mixes import FILE_TYPES, Choice, FileType, Part, choose_types, file_type, matrix_type, part_of
 
-__all__ = ["FILE_TYPES", "FileType", "Plan", "file_type", "matrix_type", "plan", "quantize_file", "quantize_rows"]
+__all__ = [
+    "FILE_TYPES",
+    "FileType",
+    "Importance",
+    "Plan",
+    "file_type",
+    "load_importance",
+    "matrix_type",
+    "plan",
+    "quantize_file",
+    "quantize_rows",
+]
 
 QUANTIZATION_VERSION = 2  # general.quantization_version: of ggml's block layouts
 PART = 1 << 22  # weights that are in memory at once
@@ -89,8 +100,8 @@ def plan(
     quantized = [c.info for c in changed if c.info.type.role is not Role.FLOAT]
     if quantized and not allow_requantize:
         raise QuantizationError(
-            f"{file.path}: tensor {quantized[0].name!r} is {quantized[0].type} already, and {len(quantized)} in all are "
-            "quantized: each time costs quality. Take the F16, BF16 or F32 file, or --allow-requantize"
+            f"{file.path}: tensor {quantized[0].name!r} is {quantized[0].type} already, as {len(quantized)} in all: "
+            "each time costs quality. Take the F16, BF16 or F32 file, or --allow-requantize"
         )
     if quantized:
         made.notes.append(f"{len(quantized)} tensors are quantized a second time, which costs quality")
@@ -105,8 +116,8 @@ def _importance_notes(importance: Importance, tensors: Sequence[TensorInfo]) -> 
         importance.fail("no entry has the name of a tensor of this model; is it the importance matrix of another one?")
     if not missing:
         return []
-    return [f"the importance matrix has no entry for {len(missing)} tensors: {', '.join(missing[:8])}"
-            + (", ..." if len(missing) > 8 else "")]  # fmt: skip
+    listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+    return [f"the importance matrix has no entry for {len(missing)} tensors: {listed}"]
 
 
 def quantize_file(
@@ -177,9 +188,8 @@ def _tensor(made: Plan, choice: Choice, device: Device) -> Iterator[tuple[Raw, i
         end = min(at + step, rows_of_one * (one + 1))
         x = _floats(source[at:end], info, device)
         importance = None if weights is None else weights[one]
-        yield _quantize(x, choice.type, importance, device, f"{file.path}: tensor {info.name!r}", at * k), (
-            end - at
-        ) * row_bytes
+        what = f"{file.path}: tensor {info.name!r}"
+        yield _quantize(x, choice.type, importance, device, what, at * k), (end - at) * row_bytes
         file.release(info.name, at * row_bytes, (end - at) * row_bytes)
         at = end
 
@@ -208,9 +218,7 @@ def quantize_rows(x: F32Array, type: QuantType, importance: F32Array | None = No
     return _quantize(np.ascontiguousarray(x), type, importance, get_device("cpu"), "the array", 0)
 
 
-def _quantize(
-    x: F32Array, type: QuantType, importance: F32Array | None, device: Device, what: str, first: int
-) -> Raw:
+def _quantize(x: F32Array, type: QuantType, importance: F32Array | None, device: Device, what: str, first: int) -> Raw:
     """Blocks of a type, uint8 [rows, row_bytes]. `first` is the index of the first weight in `what`."""
     rows, k = x.shape
     out, kernel = np.empty((rows, type.row_bytes(k)), np.uint8), find("quantize_weights", type)
@@ -222,7 +230,7 @@ def _quantize(
     if bad.size:
         at = int(bad[0])
         raise QuantizationError(
-            f"{what} is {x.reshape(-1)[at]} at index {first + at} (row {(first + at) // k}, column {(first + at) % k}), "
+            f"{what} is {x.reshape(-1)[at]} at index {first + at} (row {(first + at) // k}, column {at % k}), "
             f"expected finite numbers that {type} can hold; the file is damaged, or training diverged"
         )
     return out

@@ -29,12 +29,14 @@ HQ_INLINE f32x16 whole(f32x16 v, float low, float high) { return round_(v, 1, 0,
 constexpr int kRounds = 2;  // four lower the error by 0.1 %
 
 // Groups of G sub-blocks that share d, each with a whole scale of its own: the nearest or one of its neighbours, by the
-// error; then d again by least squares, and so on. An infinite d stays: the caller refuses it.
+// error; then d again by least squares, and so on. A d that is
+// infinite as a half stays so: the caller refuses it.
 template <class Q, int G, int N> static Scales share_scale(const Tile<N>& t, Fit f) {
     constexpr float top = Q::kScaleTop, bottom = -top - 1;
     const f32x16 highest = most_across<G>(f.a), lowest = -most_across<G>(-f.a);
-    f32x16 d = as_half((highest > -lowest ? highest : lowest) / bottom), best_total = __builtin_inff();
-    Scales best = {d, 0, 0, 0};
+    const f32x16 first = as_half((highest > -lowest ? highest : lowest) / bottom);
+    f32x16 d = first, best_total = __builtin_inff();
+    Scales best = {};
     for (int round = 0; round < kRounds; round++) {
         const f32x16 middle = whole(f.a * inverse(d), bottom, top);
         f32x16 scale = middle, least_error = error<Q>(t, d * middle, 0);
@@ -52,15 +54,16 @@ template <class Q, int G, int N> static Scales share_scale(const Tile<N>& t, Fit
         d = as_half(sum_across<G>(scale * s.qx) * inverse(sum_across<G>(scale * scale * s.qq)));
         f = fit(s);
     }
+    best.d = magnitude(first) < __builtin_inff() ? best.d : first;
     return best;
 }
 
 // The same with minima, which share e. `w` and `x` are sums of w and w x.
 template <class Q, int G, int N> static Scales share_range(const Tile<N>& t, Fit f, f32x16 w, f32x16 x) {
     constexpr float top = Q::kScaleTop;
-    f32x16 d = as_half(most_across<G>(f.a) / top), e = as_half(most_across<G>(-f.m) / top);
-    f32x16 best_total = __builtin_inff();
-    Scales best = {d, e, 0, 0};
+    const f32x16 first_d = as_half(most_across<G>(f.a) / top), first_e = as_half(most_across<G>(-f.m) / top);
+    f32x16 d = first_d, e = first_e, best_total = __builtin_inff();
+    Scales best = {};
     for (int round = 0; round < kRounds; round++) {
         const f32x16 middle = whole(f.a * inverse(d), 0, top), mean = x * inverse(w);
         f32x16 scale = 0, minimum = 0, least_error = __builtin_inff();
@@ -95,6 +98,8 @@ template <class Q, int G, int N> static Scales share_range(const Tile<N>& t, Fit
         e = as_half(regular ? most(fma(xu, uv, -xv * uu) / determinant, 0) : 0);
         f = fit<Q>(s, w, x);
     }
+    best.d = first_d < __builtin_inff() ? best.d : first_d;
+    best.e = first_e < __builtin_inff() ? best.e : first_e;
     return best;
 }
 
