@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +86,14 @@ def measure(model: Path, kind: str, rounds: int, threads: int, folder: Path) -> 
         commands["llama.cpp"] = (theirs, {"LD_LIBRARY_PATH": str(Path(program).parent)})
     runs: dict[str, list[Run]] = {who: [] for who in commands}
     row: dict[str, Any] = {"type": kind}
-    for _ in range(rounds):
-        for who, (command, environment) in commands.items():
-            runs[who].append(run(command, environment))
-            row.setdefault(who, {"rms": error(model, out)})
-            out.unlink()
+    # In a process of its own, as the peak of memory before a command is started counts as the command's.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        for _ in range(rounds):
+            for who, (command, environment) in commands.items():
+                runs[who].append(run(command, environment))
+                if who not in row:
+                    row[who] = {"rms": pool.submit(error, model, out).result()}
+                out.unlink()
     for who, found in runs.items():
         row[who]["seconds"] = summary([r.seconds for r in found])
         row[who]["processor_seconds"] = summary([r.processor_seconds for r in found])
