@@ -174,7 +174,6 @@ class GGUFWriter:
         if self._left:
             raise ValueError(f"{len(self._left)} tensors are not complete")
         with self._told():
-            os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self.partial, self.path)
 

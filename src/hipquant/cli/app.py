@@ -12,7 +12,7 @@ import click
 from .. import __version__
 from ..errors import HipquantError
 
-COMMANDS = ("run", "bench", "devices", "perplexity", "quantize", "build", "inspect", "verify", "export")
+COMMANDS = ("run", "bench", "devices", "perplexity", "convert", "quantize", "build", "inspect", "verify", "export")
 
 
 class Commands(click.Group):

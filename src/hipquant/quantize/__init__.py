@@ -186,21 +186,21 @@ def _tensor(made: Plan, choice: Choice, device: Device) -> Iterator[tuple[Raw, i
     while at < rows:
         one = at // rows_of_one  # an expert has its own importance
         end = min(at + step, rows_of_one * (one + 1))
-        x = _floats(source[at:end], info, device)
+        x = float_rows(source[at:end], info.type, k, device)
         importance = None if weights is None else weights[one]
         what = f"{file.path}: tensor {info.name!r}"
-        yield _quantize(x, choice.type, importance, device, what, at * k), (end - at) * row_bytes
+        yield quantize_part(x, choice.type, importance, device, what, at * k), (end - at) * row_bytes
         file.release(info.name, at * row_bytes, (end - at) * row_bytes)
         at = end
 
 
-def _floats(rows: Raw, info: TensorInfo, device: Device) -> F32Array:
-    """Rows of a type as float32 [rows, k]."""
-    if info.type is F32:
+def float_rows(rows: Raw, type: QuantType, k: int, device: Device) -> F32Array:
+    """Rows of a type, uint8 [n, row_bytes] and contiguous, as float32 [n, k]."""
+    if type is F32:
         return rows.view(np.float32)
-    n, k = len(rows), info.shape[-1]
+    n = len(rows)
     x, ids = np.empty((n, k), np.float32), np.arange(n, dtype=np.uint32)
-    kernel = find("get_rows", info.type)
+    kernel = find("get_rows", type)
     function = device.get_or_load_func(kernel.name, QUANTIZED)
     function.launch(kernel.grid(nids=n, k=k), kernel.block, 0, device.stream, [rows, ids, x, k, rows.shape[1]])
     return x
@@ -215,10 +215,12 @@ def quantize_rows(x: F32Array, type: QuantType, importance: F32Array | None = No
         raise ValueError(f"expected float32 [rows, k] and [k], not {x.dtype} {x.shape} and {shape}")
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
-    return _quantize(np.ascontiguousarray(x), type, importance, get_device("cpu"), "the array", 0)
+    return quantize_part(np.ascontiguousarray(x), type, importance, get_device("cpu"), "the array", 0)
 
 
-def _quantize(x: F32Array, type: QuantType, importance: F32Array | None, device: Device, what: str, first: int) -> Raw:
+def quantize_part(
+    x: F32Array, type: QuantType, importance: F32Array | None, device: Device, what: str, first: int
+) -> Raw:
     """Blocks of a type, uint8 [rows, row_bytes]. `first` is the index of the first weight in `what`."""
     rows, k = x.shape
     out, kernel = np.empty((rows, type.row_bytes(k)), np.uint8), find("quantize_weights", type)
