@@ -30,7 +30,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TEXTS = ("hel hel", "Hello, it'S 12345 wörld\n\n  hel  ", "hehel\t\u200b🚀<x>", " a")
+TEXTS = ("hel hel", "Hello, it'S 12345 wörld\n\n  hel  ", "hehel\t\u200b🚀<x>", " abc")
 
 
 def write_safetensors(path: Path, tensors: dict[str, F32Array], kind: str = "F32") -> None:
@@ -77,7 +77,19 @@ def byte_level() -> dict[str, Any]:
 
 
 def sentence_piece() -> dict[str, Any]:
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "h", "e", "l", "he", "hel", "▁hel"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        *"helabc",
+        "he",
+        "hel",
+        "▁hel",
+        "ab",
+        "bc",
+    ]
     bos, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "added_tokens": [added(i, pieces[i]) for i in range(3)],
@@ -99,7 +111,7 @@ def sentence_piece() -> dict[str, Any]:
             "byte_fallback": True,
             "unk_token": "<unk>",
             "vocab": {p: i for i, p in enumerate(pieces)},
-            "merges": ["h e", "he l", "▁ hel"],
+            "merges": ["h e", "he l", "▁ hel", "a b", "b c"],
         },
     }
 
