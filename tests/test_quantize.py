@@ -454,7 +454,8 @@ def test_places_that_are_refused(model: Path, tmp_path: Path) -> None:
         assert "this is the model itself" in error_of(model, same, "Q8_0", "--force")
     (tmp_path / "there").write_text("kept")
     assert "the file exists" in error_of(model, tmp_path / "there", "Q8_0")
-    assert "a folder" in error_of(model, tmp_path, "Q8_0")
+    assert "a folder" in error_of(model, tmp_path, "Q8_0", "--force")
+    assert "not a regular file" in error_of(model, "/dev/null", "Q8_0", "--force")
     assert "No such file or directory" in error_of(model, tmp_path / "absent" / "out", "Q8_0")
     assert (tmp_path / "there").read_text() == "kept"
     assert call(model, tmp_path / "there", "Q8_0", "--force").exit_code == 0

@@ -132,8 +132,9 @@ class GGUFWriter:
         return -(-nbytes // self.alignment) * self.alignment
 
     def _open(self) -> None:
-        if self.path.is_dir():
-            raise OutputFileError(f"{self.path}: this is a folder; give the path of a file in it")
+        if self.path.exists() and not self.path.is_file():
+            what = "a folder" if self.path.is_dir() else "not a regular file"
+            raise OutputFileError(f"{self.path}: this is {what}; give the path of a file")
         if self.path.exists() and not self.replace:
             raise OutputFileError(f"{self.path}: the file exists; choose another name, or replace it (--force)")
         with self._told():

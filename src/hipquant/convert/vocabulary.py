@@ -38,21 +38,22 @@ def read_vocabulary(folder: Path, config: Json, n_vocab: int) -> dict[str, KeyVa
         keys = _sentence_piece(path, file, model, merges, tokens, types) if sentence_piece else _byte_level(path, file)
         if not sentence_piece:
             keys["tokenizer.ggml.merges"] = merges
+        keys |= _special(file, options, config, tokens)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, TokenizerError):
             raise
         raise TokenizerError(f"{path}: its parts do not fit together ({error!r:.100}); download it again") from None
     common: dict[str, KeyValue] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
-    return keys | common | _special(file, options, config, tokens) | _template(folder, options)
+    return common | keys | _template(folder, options)
 
 
 def _tokens(file: Json, model: Json, n_vocab: int) -> tuple[list[str], list[int]]:
     """Texts and types by id; ids that the tokenizer lacks are padding."""
     tokens, types = [f"[PAD{i}]" for i in range(n_vocab)], [_UNUSED] * n_vocab
     added = file.get("added_tokens") or []
-    highest = max([*model["vocab"].values(), *(t["id"] for t in added)])
-    if highest >= n_vocab:
-        raise TokenizerError(f"the tokenizer has an id {highest}, the embedding {n_vocab} rows")
+    for i in [*model["vocab"].values(), *(t["id"] for t in added)]:
+        if type(i) is not int or not 0 <= i < n_vocab:
+            raise TokenizerError(f"the tokenizer has an id {i!r:.20}, the embedding {n_vocab} rows")
     for text, i in model["vocab"].items():
         tokens[i], types[i] = text, _NORMAL
     for token in added:

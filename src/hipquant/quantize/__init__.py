@@ -100,8 +100,8 @@ def plan(
     quantized = [c.info for c in changed if c.info.type.role is not Role.FLOAT]
     if quantized and not allow_requantize:
         raise QuantizationError(
-            f"{file.path}: tensor {quantized[0].name!r} is {quantized[0].type} already, as {len(quantized)} in all: "
-            "each time costs quality. Take the F16, BF16 or F32 file, or --allow-requantize"
+            f"{file.path}: tensor {quantized[0].name!r} is {quantized[0].type} already ({len(quantized)} tensors are "
+            "quantized), and each time costs quality. Take the F16, BF16 or F32 file, or --allow-requantize"
         )
     if quantized:
         made.notes.append(f"{len(quantized)} tensors are quantized a second time, which costs quality")
@@ -197,7 +197,8 @@ def _tensor(made: Plan, choice: Choice, device: Device) -> Iterator[tuple[Raw, i
 def float_rows(rows: Raw, type: QuantType, k: int, device: Device) -> F32Array:
     """Rows of a type, uint8 [n, row_bytes] and contiguous, as float32 [n, k]."""
     if type is F32:
-        return rows.view(np.float32)
+        x = rows.view(np.float32)
+        return x if x.flags.aligned else x.copy()
     n = len(rows)
     x, ids = np.empty((n, k), np.float32), np.arange(n, dtype=np.uint32)
     kernel = find("get_rows", type)

@@ -2,8 +2,11 @@
 //
 // For given quants q the best a and m have a closed form, and so has what they explain of sum(w x^2), the *gain*. So a
 // candidate costs one pass over the sub-block: round, and keep three sums. From the best candidate on, quants and
-// scales take turns (Lloyd's algorithm). A type's header says how many candidates there are: the i-th is kStep (i -
-// kBefore) of the range away from the one that just holds every value.
+// scales take turns (Lloyd's algorithm).
+//
+// A type's header says: kSub, weights of a sub-block; kTop, the greatest quant; kScaleTop, the greatest whole scale of a
+// sub-block, 0 where blocks have one scale; kCandidates, of which number i is kStep (i - kBefore) of the range away from
+// the one that just holds every value.
 #pragma once
 #include "slice.h"
 #pragma clang diagnostic ignored "-Wpsabi"  // vectors wider than registers, passed within this object only

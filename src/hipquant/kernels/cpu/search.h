@@ -29,8 +29,7 @@ HQ_INLINE f32x16 whole(f32x16 v, float low, float high) { return round_(v, 1, 0,
 constexpr int kRounds = 2;  // four lower the error by 0.1 %
 
 // Groups of G sub-blocks that share d, each with a whole scale of its own: the nearest or one of its neighbours, by the
-// error; then d again by least squares, and so on. A d that is
-// infinite as a half stays so: the caller refuses it.
+// error; then d again by least squares, and so on. A d that is infinite as a half stays so: the caller refuses it.
 template <class Q, int G, int N> static Scales share_scale(const Tile<N>& t, Fit f) {
     constexpr float top = Q::kScaleTop, bottom = -top - 1;
     const f32x16 highest = most_across<G>(f.a), lowest = -most_across<G>(-f.a);

@@ -99,8 +99,7 @@ struct Bits {  // byte: bit g is group g
     }
 };
 
-// The way back, for quantizers.
-// A block before its bits are packed: weight j = d scale q - e minimum, of its sub-block, q counted from -kOffset.
+// The way back. A block before its bits are packed: weight j = d scale (q - kOffset) - e minimum of its sub-block.
 template <int N> struct Parts {
     uint16_t d, e;  // halves
     int8_t scale[16], minimum[16];
@@ -113,6 +112,9 @@ template <int B> HQ_INLINE uint32_t pack_bits(u8x32 q) {
     const u8x32 one = ((q >> B) & 1) << u8x32{0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7,
                                               0, 1, 2, 3, 4, 5, 6, 7};
     uint32_t bits = 0;
-    for (int i = 0; i < 4; i++) bits |= (uint32_t)__builtin_reduce_or(load<vec<uint8_t, 8>>((const char*)&one + 8 * i)) << 8 * i;
+    for (int i = 0; i < 4; i++) {
+        const auto eight = load<vec<uint8_t, 8>>((const uint8_t*)&one + 8 * i);
+        bits |= (uint32_t)__builtin_reduce_or(eight) << 8 * i;
+    }
     return bits;
 }
