@@ -103,9 +103,11 @@ class Config:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.raw.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 0 < value < 1 << 31:
-            raise InvalidModelFileError(f"{self.path}: {key!r} is {value!r}, expected a number from 1 on")
+        return self.whole(key, default if value is None else value)
+
+    def whole(self, key: str, value: Any, least: int = 1) -> int:
+        if type(value) is not int or not least <= value < 1 << 31:
+            raise InvalidModelFileError(f"{self.path}: {key!r} is {value!r:.60}, expected a number from {least} on")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -113,8 +115,8 @@ class Config:
         return self.checked(key, default if value is None else value)
 
     def checked(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InvalidModelFileError(f"{self.path}: {key!r} is {value!r}, expected a finite number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e38:
+            raise InvalidModelFileError(f"{self.path}: {key!r} is {value!r:.60}, expected a finite number")
         return float(value)
 
     @property
@@ -133,21 +135,27 @@ class Config:
     def rotated(self) -> int:
         """Values of a head that RoPE turns."""
         part = self.rope.get("partial_rotary_factor", self.raw.get("partial_rotary_factor"))
-        return int(self.checked("partial_rotary_factor", 1.0 if part is None else part) * self.head_dim)
+        share = self.checked("partial_rotary_factor", 1.0 if part is None else part)
+        if not 0 < share <= 1:
+            raise InvalidModelFileError(f"{self.path}: 'partial_rotary_factor' is {share}, expected at most 1")
+        return int(share * self.head_dim)
+
+    @property
+    def original_context(self) -> int:
+        """Tokens of the context before RoPE was scaled for a longer one."""
+        key = "original_max_position_embeddings"
+        value = self.rope.get(key, self.raw.get(key))
+        return self.whole(key, self.integer("max_position_embeddings") if value is None else value, 2)
 
 
 def _phi3(config: Config) -> dict[str, KeyValue]:
-    original = config.rope.get("original_max_position_embeddings", config.raw.get("original_max_position_embeddings"))
-    context = config.integer("max_position_embeddings")
-    original = context if original is None else original
+    original, window = config.original_context, config.raw.get("sliding_window")
     found: dict[str, KeyValue] = {
-        "rope.scaling.original_context_length": Uint32(
-            int(config.checked("original_max_position_embeddings", original))
-        ),
-        "attention.sliding_window": Uint32(int(config.number("sliding_window", 0))),
+        "rope.scaling.original_context_length": Uint32(original),
+        "attention.sliding_window": Uint32(0 if window is None else config.whole("sliding_window", window, 0)),
     }
     if config.rope.get("long_factor"):
-        scale = context / original
+        scale = config.integer("max_position_embeddings") / original
         found["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
     return found
 
@@ -191,7 +199,7 @@ def architecture(config: Config) -> Architecture:
     """The architecture of a model; `InvalidModelFileError` names those that are known."""
     names = config.raw.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = " ".join(ARCHITECTURES)
         raise InvalidModelFileError(f"{config.path}: the architecture is {name!r}, expected one of {known}")
     if config.raw.get("quantization_config"):
@@ -243,9 +251,15 @@ def _rope_scaling(config: Config) -> dict[str, KeyValue]:
         "rope.scaling.factor": config.checked("rope_scaling factor", rope.get("factor")),
     }
     if kind == "yarn":
-        original = config.checked("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
-        keys["rope.scaling.original_context_length"] = Uint32(int(original))
+        keys["rope.scaling.original_context_length"] = Uint32(config.original_context)
     return keys
+
+
+def _factors(config: Config, key: str, length: int) -> F32Array:
+    values = config.rope.get(key)
+    if not isinstance(values, list) or len(values) != length:
+        raise InvalidModelFileError(f"{config.path}: {key!r} is {values!r:.60}, expected {length} numbers")
+    return np.array([config.checked(key, v) for v in values], np.float32)
 
 
 def rope_tensors(config: Config) -> dict[str, F32Array]:
@@ -254,13 +268,11 @@ def rope_tensors(config: Config) -> dict[str, F32Array]:
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta")
         factor, low, high, context, base = (config.checked(n, rope.get(n)) for n in names)
+        if not (factor >= 1 and high > low > 0 and base > 1):
+            raise InvalidModelFileError(f"{config.path}: RoPE scaling of {rope}, expected the factors of Llama 3")
         turns = context / (2 * np.pi * base ** (np.arange(half) / half))  # of each pair in the original context
         smooth = np.clip((turns - low) / (high - low), 0, 1)
         return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
     if kind in ("longrope", "su"):
-        found = {f"rope_factors_{n}.weight": np.asarray(rope.get(f"{n}_factor"), np.float32) for n in ("long", "short")}
-        for name, values in found.items():
-            if values.shape != (half,) or not np.isfinite(values).all():
-                raise InvalidModelFileError(f"{config.path}: {name} has shape {values.shape}, expected ({half},)")
-        return found
+        return {f"rope_factors_{n}.weight": _factors(config, f"{n}_factor", half) for n in ("long", "short")}
     return {}

@@ -33,10 +33,13 @@ def read_vocabulary(folder: Path, config: Json, n_vocab: int) -> dict[str, KeyVa
         raise TokenizerError(f"{path}: a model of type {found!r:.60}, expected BPE with a vocabulary")
     try:
         merges = [m if isinstance(m, str) else " ".join(p.replace(" ", "\u0120") for p in m) for m in model["merges"]]
+        if not merges:
+            raise TokenizerError(f"{path}: BPE without merges")
         tokens, types = _tokens(file, model, n_vocab)
         sentence_piece = bool(model.get("byte_fallback"))
         keys = _sentence_piece(path, file, model, merges, tokens, types) if sentence_piece else _byte_level(path, file)
         if not sentence_piece:
+            "".join(merges).encode()
             keys["tokenizer.ggml.merges"] = merges
         keys |= _special(file, options, config, tokens)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -54,6 +57,8 @@ def _tokens(file: Json, model: Json, n_vocab: int) -> tuple[list[str], list[int]
     for i in [*model["vocab"].values(), *(t["id"] for t in added)]:
         if type(i) is not int or not 0 <= i < n_vocab:
             raise TokenizerError(f"the tokenizer has an id {i!r:.20}, the embedding {n_vocab} rows")
+    for text in [*model["vocab"], *(t["content"] for t in added)]:
+        text.encode()  # a text that is none, or half a character, is an error here
     for text, i in model["vocab"].items():
         tokens[i], types[i] = text, _NORMAL
     for token in added:
