@@ -32,11 +32,6 @@ class Stored:
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
 
-    @property
-    def rows(self) -> npt.NDArray[np.uint8]:
-        """uint8 [rows, bytes of a row]; a vector is one row."""
-        return self.data.reshape(prod(self.shape[:-1]), -1)
-
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; `InvalidModelFileError` if there is none."""
