@@ -148,6 +148,25 @@ def test_quantize_and_dequantize(at_end: bool, cpu: Device) -> None:
 
 
 @sides
+@pytest.mark.parametrize("kernel", [k for k in wiring.TABLE if k.family == "quantize_weights"], ids=lambda k: k.name)
+def test_quantizing_weights(kernel: wiring.Kernel, at_end: bool, cpu: Device) -> None:
+    kind = kernel.type
+    assert kind is not None
+
+    def run() -> None:
+        for rows, k in ((1, kind.block_size), (3, 256 * 3), (1, 8192)):
+            x = guarded(np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32), at_end)
+            y = guarded(np.zeros(rows * kind.row_bytes(k), np.uint8), at_end)
+            grid = kernel.grid(n=rows * k)
+            for importance in (None, guarded(np.ones(k, np.float32), at_end)):
+                invalid = guarded(np.full(grid[0], 7, np.int64), at_end)
+                launch(cpu, kernel, grid, x, importance, y, invalid, k, rows * k)
+                assert (invalid.view(np.int64) == -1).all()
+
+    in_child(run)
+
+
+@sides
 def test_what_a_transformer_needs_beside(at_end: bool, cpu: Device) -> None:
     def floats(n: int) -> Any:
         return guarded(np.ones(n, np.float32), at_end)

@@ -79,6 +79,18 @@ def test_figures_of_gpu_models_are_those_of_the_result() -> None:
         assert f"| {' | '.join(cells)} |" in README
 
 
+def test_figures_of_quantizing_are_those_of_the_result() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "quantize-2-cores.json").read_text())
+    assert len(result["types"]) == 5
+    for row in result["types"]:
+        ours, theirs = row["hipquant"], row["llama.cpp"]
+        cells = [row["type"]]
+        for time in ("seconds", "processor_seconds"):
+            cells += [f"{ours[time]['median']:.1f}", f"{theirs[time]['median']:.1f}"]
+        cells += [f"{ours['peak_bytes'] / 2**20:.0f}", f"{ours['rms'] / theirs['rms']:.3f}"]
+        assert f"| {' | '.join(cells)} |" in README
+
+
 def test_the_framework_functions_are_all_named() -> None:
     for name in ("quantize_q8_1", "dequantize_f32", "dequantize_f16", "dequantize_mul_mat_vec"):
         assert callable(getattr(hq.ops, name))

@@ -22,6 +22,14 @@ class DownloadError(HipquantError, RuntimeError):
     """A model that could not be downloaded; what has arrived is kept, unless it is wrong."""
 
 
+class OutputFileError(HipquantError, OSError):
+    """A file that cannot be written: it exists, there is no room, no permission."""
+
+
+class QuantizationError(HipquantError, ValueError):
+    """Weights, types or an importance matrix with which a model cannot be quantized."""
+
+
 class UnsupportedQuantTypeError(HipquantError, ValueError):
     """A quant type that an operation does not know."""
 

@@ -155,6 +155,7 @@ class GGUFFile:
         try:
             self.version, n_tensors, n_keys = header.read_start()
             self.metadata: dict[str, Value] = header.read_metadata(n_keys)
+            self._spans = header.spans
             self.alignment = _alignment(self)
             self.tensors: dict[str, TensorInfo] = header.read_tensors(n_tensors, self.alignment)
             if not part and (count := self.get("split.count", int, 1)) > 1:
@@ -169,6 +170,11 @@ class GGUFFile:
         """The bytes of a tensor: read-only uint8 [nbytes], a view of the mapping. `KeyError` for an unknown name."""
         info = self.tensors[name]
         return np.frombuffer(self._part(info)._mapping(), np.uint8, info.nbytes, info.offset)
+
+    def raw_key(self, key: str) -> bytes:
+        """A key of the metadata as it stands in the file: name, type and value. `KeyError` for an unknown key."""
+        start, end = self._spans[key]
+        return self._mapping()[start:end]
 
     def release(self, name: str, start: int = 0, nbytes: int | None = None) -> None:
         """Lets go of the memory of a tensor's pages (of `nbytes` bytes from its byte `start`), or does nothing where
@@ -259,6 +265,7 @@ class _Header:
 
     def __init__(self, path: Path, mapping: mmap.mmap) -> None:
         self.path, self.map, self.size, self.at = path, mapping, len(mapping), 0
+        self.spans: dict[str, tuple[int, int]] = {}  # the bytes of each key
 
     def fail(self, message: str, todo: str = "the file is damaged or its download is incomplete") -> NoReturn:
         raise InvalidModelFileError(f"{self.path}: {message}; {todo}")
@@ -325,6 +332,7 @@ class _Header:
             if key in metadata:
                 self.fail(f"key {key!r} occurs a second time at byte {start}", _CONVERT)
             metadata[key] = self.value(f"the value of key {key!r}")
+            self.spans[key] = (start, self.at)
         return metadata
 
     def value(self, what: str) -> Value:

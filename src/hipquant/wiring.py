@@ -36,6 +36,7 @@ PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are 
 MAX_GRID_Y = 65535
 PACK_ROWS = 16  # rows that the engine's packed weights interleave
 CACHE_TYPES = ("f16", "q8_0")  # of the KV cache on a GPU
+QUANTIZE_PART = 4096  # weights of a block of the grid of quantize_weights
 
 
 class Kind(Enum):
@@ -295,6 +296,24 @@ def _cpu_engine() -> Iterator[Kernel]:
     )
 
 
+def _quantizer() -> Iterator[Kernel]:
+    """Float weights to blocks of a type, on the CPU; the grid takes `n`, weights of whole rows of `ncols`.
+
+    `importance`, one number a column or null, weighs the squares of the errors. `invalid` is told, for each block of
+    the grid, the index of the first weight that cannot be quantized, or -1.
+    """
+    for t in WEIGHT_TYPES + FLOAT_TYPES:
+        yield Kernel(
+            f"quantize_{t.suffix}",
+            "quantize_weights",
+            _args("const float* x, const float* importance, void* y, int64_t* invalid, int ncols, int64_t n"),
+            (1, 1, 1),
+            lambda n: (_ceil(n, QUANTIZE_PART), 1, 1),
+            t,
+            silicon="cpu",
+        )
+
+
 def _gpu_engine() -> Iterator[Kernel]:
     """The GPU engine's families, in code objects of their own.
 
@@ -462,7 +481,7 @@ COMPATIBILITY: tuple[Kernel, ...] = (
     *_mul_mat_vec(),
     *_mul_mat(),
 )
-TABLE: tuple[Kernel, ...] = (*COMPATIBILITY, *_get_rows(), *_cpu_engine(), *_gpu_engine())
+TABLE: tuple[Kernel, ...] = (*COMPATIBILITY, *_get_rows(), *_cpu_engine(), *_quantizer(), *_gpu_engine())
 CPU_KERNELS = tuple(k for k in TABLE if k.silicon != "gpu")
 GPU_ENGINE = tuple(k for k in TABLE if k.silicon == "gpu")
 KERNELS: dict[str, Kernel] = {k.name: k for k in TABLE}

@@ -12,7 +12,9 @@ import click
 from .. import __version__
 from ..errors import HipquantError
 
-COMMANDS = ("run", "chat", "bench", "devices", "perplexity", "build", "inspect", "verify", "export")
+COMMANDS = (
+    "run", "chat", "bench", "devices", "perplexity", "convert", "quantize", "build", "inspect", "verify", "export"
+)  # fmt: skip
 
 
 class Commands(click.Group):

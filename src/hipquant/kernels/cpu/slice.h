@@ -98,3 +98,23 @@ struct Bits {  // byte: bit g is group g
         if constexpr (G < 7) add<S, G + 1>(at, w);
     }
 };
+
+// The way back. A block before its bits are packed: weight j = d scale (q - kOffset) - e minimum of its sub-block.
+template <int N> struct Parts {
+    uint16_t d, e;  // halves
+    int8_t scale[16], minimum[16];
+    uint8_t q[N];
+    inline u8x32 slice(int s) const { return load<u8x32>(q + 32 * s); }
+};
+HQ_INLINE u8x16 pack_nibbles(u8x32 q) { return (q.lo & 15) | q.hi << 4; }
+// 32 bits: bit j is bit B of q[j].
+template <int B> HQ_INLINE uint32_t pack_bits(u8x32 q) {
+    const u8x32 one = ((q >> B) & 1) << u8x32{0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7,
+                                              0, 1, 2, 3, 4, 5, 6, 7};
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; i++) {
+        const auto eight = load<vec<uint8_t, 8>>((const uint8_t*)&one + 8 * i);
+        bits |= (uint32_t)__builtin_reduce_or(eight) << 8 * i;
+    }
+    return bits;
+}

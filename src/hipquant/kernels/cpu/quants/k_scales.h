@@ -6,6 +6,14 @@
 
 HQ_INLINE int k_scale(const uint8_t* b, int i) { return i < 4 ? b[i] & 63 : (b[i + 4] & 15) | (b[i - 4] >> 6) << 4; }
 HQ_INLINE int k_min(const uint8_t* b, int i) { return i < 4 ? b[i + 4] & 63 : b[i + 4] >> 4 | (b[i] >> 6) << 4; }
+HQ_INLINE void write_k_scales(uint8_t* b, const int8_t* scale, const int8_t* minimum) {
+    for (int i = 0; i < 4; i++) {
+        const int sc = scale[i + 4], m = minimum[i + 4];
+        b[i] = (uint8_t)(scale[i] | (sc >> 4) << 6);
+        b[i + 4] = (uint8_t)(minimum[i] | (m >> 4) << 6);
+        b[i + 8] = (uint8_t)((sc & 15) | (m & 15) << 4);
+    }
+}
 
 // The same of 16 rows: [slice][row] low nibbles of scale and min; [pair of slices][row] their high bits.
 struct KScales {

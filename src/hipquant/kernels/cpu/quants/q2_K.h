@@ -6,6 +6,8 @@
 struct Q2_K {
     static constexpr int kBlock = 256, kOffset = 0, kGroups = 2;
     static constexpr bool kMin = true, kSigned = false;
+    static constexpr int kTop = 3, kScaleTop = 15, kSub = 16, kCandidates = 6, kBefore = 1;
+    static constexpr float kStep = 0.06f;
     struct Block {
         uint8_t scales[16];
         uint8_t qs[64];
@@ -40,6 +42,17 @@ struct Q2_K {
             const vi sc = bytes_to_ints(p.scales[2 * s + g] + at);
             scale[g] = d * to_float(sc & 15);
             min[g] = dmin * to_float(sc >> 4);
+        }
+    }
+
+    HQ_INLINE void write(Block& b, const Parts<kBlock>& p) {
+        b.d = p.d;
+        b.dmin = p.e;
+        for (int i = 0; i < 16; i++) b.scales[i] = (uint8_t)(p.scale[i] | p.minimum[i] << 4);
+        for (int i = 0; i < 2; i++) {
+            u8x32 four = 0;
+            for (int s = 0; s < 4; s++) four |= p.slice(4 * i + s) << 2 * s;
+            store(b.qs + 32 * i, four);
         }
     }
 };

@@ -7,6 +7,8 @@
 struct Q3_K {
     static constexpr int kBlock = 256, kOffset = 4, kGroups = 2;
     static constexpr bool kMin = false, kSigned = false;
+    static constexpr int kTop = 7, kScaleTop = 31, kSub = 16, kCandidates = 10, kBefore = 3;
+    static constexpr float kStep = 0.07f;
     struct Block {
         uint8_t hmask[32];
         uint8_t qs[64];
@@ -57,5 +59,26 @@ struct Q3_K {
         const vi low = bytes_to_ints(p.scales_low[s] + at), high = bytes_to_ints(p.scales_high[s / 2] + at) >> 4 * (s % 2);
         scale[0] = d * to_float(((low & 15) | (high & 3) << 4) - 32);
         scale[1] = d * to_float((low >> 4 | (high & 12) << 2) - 32);
+    }
+
+    HQ_INLINE void write(Block& b, const Parts<kBlock>& p) {
+        b.d = p.d;
+        u8x32 high = 0;
+        for (int i = 0; i < 2; i++) {
+            u8x32 four = 0;
+            for (int s = 0; s < 4; s++) {
+                const u8x32 q = p.slice(4 * i + s);
+                four |= (q & 3) << 2 * s;
+                high |= (q >> 2) << (4 * i + s);
+            }
+            store(b.qs + 32 * i, four);
+        }
+        store(b.hmask, high);
+        for (int i = 0; i < 12; i++) b.scales[i] = 0;
+        for (int i = 0; i < 16; i++) {
+            const int scale = p.scale[i] + 32;
+            b.scales[i % 8] = (uint8_t)(b.scales[i % 8] | (scale & 15) << 4 * (i / 8));
+            b.scales[8 + i % 4] = (uint8_t)(b.scales[8 + i % 4] | (scale >> 4) << 2 * (i / 4));
+        }
     }
 };

@@ -5,6 +5,8 @@
 struct Q4_0 {
     static constexpr int kBlock = 32, kOffset = 8, kGroups = 1;
     static constexpr bool kMin = false, kSigned = false;
+    static constexpr int kTop = 15, kScaleTop = 0, kSub = 32, kCandidates = 5, kBefore = 1;
+    static constexpr float kStep = 0.06f;
     struct Block {
         uint16_t d;
         uint8_t qs[16];
@@ -26,4 +28,9 @@ struct Q4_0 {
     }
     HQ_INLINE void weights(const Packed& p, int, int at, vb w[8]) { p.qs.unpack(at, w); }
     HQ_INLINE void scales(const Packed& p, int, int at, vf* scale, vf*) { scale[0] = load_halves(p.d + at); }
+
+    HQ_INLINE void write(Block& b, const Parts<kBlock>& p) {
+        b.d = p.d;
+        store(b.qs, pack_nibbles(p.slice(0)));
+    }
 };

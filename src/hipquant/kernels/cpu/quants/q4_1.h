@@ -5,6 +5,8 @@
 struct Q4_1 {
     static constexpr int kBlock = 32, kOffset = 0, kGroups = 1;
     static constexpr bool kMin = true, kSigned = false;
+    static constexpr int kTop = 15, kScaleTop = 0, kSub = 32, kCandidates = 4, kBefore = 1;
+    static constexpr float kStep = 0.03f;
     struct Block {
         uint16_t d, m;
         uint8_t qs[16];
@@ -29,5 +31,11 @@ struct Q4_1 {
     HQ_INLINE void scales(const Packed& p, int, int at, vf* scale, vf* min) {
         scale[0] = load_halves(p.d + at);
         min[0] = load_halves(p.m + at);
+    }
+
+    HQ_INLINE void write(Block& b, const Parts<kBlock>& p) {
+        b.d = p.d;
+        b.m = p.e ^ 0x8000;
+        store(b.qs, pack_nibbles(p.slice(0)));
     }
 };

@@ -5,6 +5,8 @@
 struct Q5_0 {
     static constexpr int kBlock = 32, kOffset = 16, kGroups = 1;
     static constexpr bool kMin = false, kSigned = false;
+    static constexpr int kTop = 31, kScaleTop = 0, kSub = 32, kCandidates = 5, kBefore = 1;
+    static constexpr float kStep = 0.03f;
     struct Block {
         uint16_t d;
         uint8_t qh[4];
@@ -31,4 +33,10 @@ struct Q5_0 {
         p.qh.add<4>(at, w);
     }
     HQ_INLINE void scales(const Packed& p, int, int at, vf* scale, vf*) { scale[0] = load_halves(p.d + at); }
+
+    HQ_INLINE void write(Block& b, const Parts<kBlock>& p) {
+        b.d = p.d;
+        store(b.qs, pack_nibbles(p.slice(0)));
+        store(b.qh, pack_bits<4>(p.slice(0)));
+    }
 };

@@ -6,6 +6,8 @@
 struct Q5_K {
     static constexpr int kBlock = 256, kOffset = 0, kGroups = 1;
     static constexpr bool kMin = true, kSigned = false;
+    static constexpr int kTop = 31, kScaleTop = 63, kSub = 32, kCandidates = 6, kBefore = 2;
+    static constexpr float kStep = 0.015f;
     struct Block {
         uint16_t d, dmin;
         uint8_t scales[12];
@@ -44,5 +46,15 @@ struct Q5_K {
     }
     HQ_INLINE void scales(const Packed& p, int s, int at, vf* scale, vf* min) {
         KScales::unpack(p.scales, s, at, scale, min);
+    }
+
+    HQ_INLINE void write(Block& b, const Parts<kBlock>& p) {
+        b.d = p.d;
+        b.dmin = p.e;
+        write_k_scales(b.scales, p.scale, p.minimum);
+        u8x32 high = 0;
+        for (int s = 0; s < 8; s++) high |= (p.slice(s) >> 4) << s;
+        store(b.qh, high);
+        for (int s = 0; s < 8; s += 2) store(b.qs + 16 * s, (p.slice(s) & 15) | p.slice(s + 1) << 4);
     }
 };

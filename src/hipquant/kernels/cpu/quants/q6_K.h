@@ -7,6 +7,8 @@
 struct Q6_K {
     static constexpr int kBlock = 256, kOffset = 32, kGroups = 2;
     static constexpr bool kMin = false, kSigned = false;
+    static constexpr int kTop = 63, kScaleTop = 127, kSub = 16, kCandidates = 12, kBefore = 4;
+    static constexpr float kStep = 0.02f;
     struct Block {
         uint8_t ql[128];
         uint8_t qh[64];
@@ -49,5 +51,19 @@ struct Q6_K {
     HQ_INLINE void scales(const Packed& p, int s, int at, vf* scale, vf*) {
         const vf d = load_halves(p.d + at);
         for (int g = 0; g < 2; g++) scale[g] = d * to_float(signed_bytes_to_ints(p.scales[2 * s + g] + at));
+    }
+
+    HQ_INLINE void write(Block& b, const Parts<kBlock>& p) {
+        b.d = p.d;
+        for (int i = 0; i < 16; i++) b.scales[i] = p.scale[i];
+        for (int h = 0; h < 2; h++) {
+            u8x32 q[4], high = 0;
+            for (int i = 0; i < 4; i++) {
+                q[i] = p.slice(4 * h + i);
+                high |= (q[i] >> 4) << 2 * i;
+            }
+            store(b.qh + 32 * h, high);
+            for (int i = 0; i < 2; i++) store(b.ql + 64 * h + 32 * i, (q[i] & 15) | q[i + 2] << 4);
+        }
     }
 };

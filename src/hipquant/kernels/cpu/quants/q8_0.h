@@ -5,6 +5,8 @@
 struct Q8_0 {
     static constexpr int kBlock = 32, kOffset = 0, kGroups = 1;
     static constexpr bool kMin = false, kSigned = true;
+    static constexpr int kTop = 127, kScaleTop = 0, kSub = 32, kCandidates = 0, kBefore = 0;
+    static constexpr float kStep = 0;
     struct Block {
         uint16_t d;
         int8_t qs[32];
@@ -24,4 +26,9 @@ struct Q8_0 {
     }
     HQ_INLINE void weights(const Packed& p, int, int at, vb w[8]) { p.qs.unpack(at, w); }
     HQ_INLINE void scales(const Packed& p, int, int at, vf* scale, vf*) { scale[0] = load_halves(p.d + at); }
+
+    HQ_INLINE void write(Block& b, const Parts<kBlock>& p) {
+        b.d = p.d;
+        store(b.qs, p.slice(0));
+    }
 };
