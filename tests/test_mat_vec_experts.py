@@ -16,6 +16,7 @@ import pytest
 import emulator
 import reference
 from hipquant import wiring
+from hipquant.models.gpu_weights import EpilogueKind
 from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType, padded, plane_bytes, plane_units
 from hipquant.toolchain import cases, gpu, simulate
 from planes import UNIT, UNIT_BYTES, Backend, Bytes, Floats, Wide, check_planes, decoded, launch
@@ -23,7 +24,7 @@ from planes import UNIT, UNIT_BYTES, Backend, Bytes, Floats, Wide, check_planes,
 Ints = npt.NDArray[np.int32]
 
 NULL, POISON, EPS = 0, 0xA5, 1e-5
-STORE, GATE = 0, wiring.GATED
+STORE, GATE = EpilogueKind.STORE, EpilogueKind.GATE
 SOURCES = ["repack", "activation", "mat_vec_experts"]
 pytestmark = pytest.mark.skipif(
     not simulate.can_sanitize(),
@@ -157,7 +158,9 @@ SHAPES = [Shape(1, 66, 64, True, True), Shape(1, 5, 96, False), Shape(1, 128, 23
           Shape(8, 31, 2304, False)]  # fmt: skip
 
 
-def run(rng: np.random.Generator, w: Experts, shape: Shape, epilogue: int, outputs: tuple[object, ...]) -> Wide:
+def run(
+    rng: np.random.Generator, w: Experts, shape: Shape, epilogue: EpilogueKind, outputs: tuple[object, ...]
+) -> Wide:
     """Launches `mul_mat_vec_experts_*` to dst, its first row and its stride, q and n_padded_q; float64 of the same."""
     groups = np.array([(*group, 0) for group in GROUPS[shape.batch]], np.int32)
     columns = int(groups[:, 2].sum())
@@ -169,7 +172,7 @@ def run(rng: np.random.Generator, w: Experts, shape: Shape, epilogue: int, outpu
     w.backend.launch(
         row, row.grid(nrows=w.rows, groups=len(groups)),
         (w.w, w.y, squares if shape.squares else NULL, EPS, *sizes, groups, token if shape.tokens else NULL, dst, first,
-         stride, epilogue, *planes),
+         stride, int(epilogue), *planes),
     )  # fmt: skip
     expert = np.repeat(groups[:, 0], groups[:, 2])
     expected = np.einsum("ck,crk->cr", w.x[token], w.values[expert])

@@ -32,11 +32,11 @@ Silicon = Literal["any", "cpu", "gpu"]  # whose code objects have a kernel
 PROFILES = ("hip", "cuda")
 MAX_BATCH = 8  # columns that one mul_mat_vec kernel takes
 GATED = 2  # the epilogue of mul_mat_vec_planes in which pairs of products are gated
-EXPERT_BATCHES = (1, 8)  # columns of one expert that the mul_mat_vec_experts kernels are compiled for
 PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are compiled for
 MAX_GRID_Y = 65535
 PACK_ROWS = 16  # rows that the engine's packed weights interleave
 CACHE_TYPES = ("f16", "q8_0")  # of the KV cache on a GPU
+EXPERT_BATCHES = (1, 8)  # columns of one expert that the mul_mat_vec_experts kernels are compiled for
 QUANTIZE_PART = 4096  # weights of a block of the grid of quantize_weights
 
 
