@@ -512,7 +512,7 @@ def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
     yield kernel(
         "choose_experts_q8",
         "const float* logits, int* experts, float* weights, int* groups, int* token, int n_expert, int n_used",
-        (32, 1, 1),
+        (128, 1, 1),
         lambda ntokens: (ntokens, 1, 1),
     )
     yield kernel(

@@ -1,4 +1,4 @@
-// A mixture of experts. `choose_experts_q8`: a team chooses experts for a token by the router's logits.
+// A mixture of experts. `choose_experts_q8`: the experts of a token, by the router's logits.
 // `sort_experts_q8`: columns of many tokens, sorted by expert. `mul_mat_vec_experts_*`: the weights of an expert times
 // 1 or up to 8 of its columns, and what follows (mat_vec_epilogue.h). `mul_mat_vec_mixed_*`: those of all experts of a
 // token, weighted and added; `add_experts_q8` does that with what there is for each.
@@ -12,47 +12,45 @@ struct alignas(16) ExpertGroup {
 };
 
 constexpr int kMaxExperts = 512, kMaxChoices = 512 * 32, kGroupColumns = 8;
-constexpr int kNoExpert = 1 << 20;
 
 // Block (token): the `n_used` experts of the greatest logits, of equal ones the first, and their weights: the softmax
-// over those chosen. Each is a group of one column, which is the token's.
-HQ_KERNEL(32)
+// over those chosen. Each is a group of one column, which is the token's. The rank of an expert is how many come before
+// it; NaN come last.
+HQ_KERNEL(128)
 choose_experts_q8(
     const float* logits, int* experts, float* weights, ExpertGroup* groups, int* token, int n_expert, int n_used) {
+    HQ_SHARED struct {
+        Float4 logits[kMaxExperts / 4];
+        float chosen[32];
+    } shared;
     let_next_begin();
     wait_for_inputs();
-    constexpr int kEach = kMaxExperts / 32;
     const float* from = logits + (int64_t)block_x() * n_expert;
-    float v[kEach], top = 0, total = 0, mine = 0;
-    uint32_t left = 0;  // bit i: expert 32 i + lane can be chosen
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-        const int expert = 32 * i + thread_x();
-        v[i] = expert < n_expert ? from[expert] : 0;
-        left |= (expert < n_expert) << i;
+    const int fours = (n_expert + 3) / 4, column = (int)block_x() * n_used;
+    for (int e = thread_x(); e < 4 * fours; e += 128) {
+        const float v = e < n_expert ? from[e] : -infinity();
+        shared.logits[e / 4].v[e % 4] = v == v ? v : -infinity();
     }
-    for (int j = 0; j < n_used; j++) {
-        float best = -infinity();
-        int which = kNoExpert;
+    barrier();
+    for (int e = thread_x(); e < n_expert; e += 128) {
+        const float v = shared.logits[e / 4].v[e % 4];
+        int rank = 0;
+        for (int i = 0; i < fours; i++) {
+            const Float4 other = shared.logits[i];
 #pragma unroll
-        for (int i = 0; i < kEach; i++)
-            if (left >> i & 1 && (which == kNoExpert || v[i] > best)) {
-                best = v[i] == v[i] ? v[i] : -infinity();  // NaN is the last choice
-                which = 32 * i + thread_x();
-            }
-        const float greatest = team_max(best);
-        const int chosen = -(int)team_max(best == greatest ? (float)-which : (float)-kNoExpert);
-        if (chosen % 32 == thread_x()) left &= ~(1u << chosen / 32);
-        const float logit = from[chosen];
-        if (j == 0) top = logit;
-        const float weight = exp_(logit - top);
-        total += weight;
-        if (j == thread_x()) mine = weight;
-        const int column = (int)block_x() * n_used + j;
-        if (thread_x() == 0)
-            experts[column] = chosen, token[column] = (int)block_x(), groups[column] = {chosen, column, 1, 0};
+            for (int j = 0; j < 4; j++) rank += other.v[j] > v || (other.v[j] == v && 4 * i + j < e);
+        }
+        if (rank >= n_used) continue;
+        shared.chosen[rank] = from[e];
+        experts[column + rank] = e, token[column + rank] = (int)block_x();
+        groups[column + rank] = {e, column + rank, 1, 0};
     }
-    if (thread_x() < n_used) weights[(int)block_x() * n_used + thread_x()] = mine / total;
+    barrier();
+    const int j = thread_x();
+    if (j >= 32) return;
+    const float each = exp_(shared.chosen[j < n_used ? j : 0] - shared.chosen[0]), weight = j < n_used ? each : 0;
+    const float total = team_sum(weight);
+    if (j < n_used) weights[column + j] = weight / total;
 }
 
 // f(choice) for each of those in shared memory, whose number is filled up to a multiple of 8, that is of an expert.
@@ -178,32 +176,51 @@ HQ_INLINE void mul_mat_vec_experts(
     behind.store(results);
 }
 
-// Block (4 teams of 2 rows, token): column token * n_used + j of the activations is that of the token's choice j. A
-// lane takes units of one expert after the other, as those of one may be too few for a team.
-template <class W>
-HQ_INLINE void mul_mat_vec_mixed(
-    const Product& p, float* dst, int n_expert, int n_used, const int* experts, const float* weights) {
-    constexpr int kRows = 2;
-    let_next_begin();
-    wait_for_inputs();
-    const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, count = W::count(units);
-    const int column = (int)block_y() * n_used, first = ((int)block_x() * 4 + thread_y()) * kRows;
-    float acc[kRows] = {};
-    uint32_t u = (uint32_t)thread_x();
-    for (int j = 0;;) {
+// Units of the rows of a token's experts, one expert after the other, as those of one may be too few for a team: of
+// choice `j`, unit `u` of two rows and of the column that is the choice's.
+template <class W> struct MixedUnits {
+    static constexpr int kRows = 2;
+    int j;
+    uint32_t u;
+    typename W::Unit w[kRows];
+    typename W::Column y;
+
+    // Goes on to unit u, counted from choice j on; false behind the last one.
+    HQ_MEMBER bool load(const Product& p, uint32_t matrix_rows, int first, int column, int n_used, const int* experts) {
+        const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, count = W::count(units);
         for (; u >= count && j < n_used; j++) u -= count;
-        if (j >= n_used) break;
+        if (j >= n_used) return false;
         const uint32_t expert = (uint32_t)experts[column + j];
-        const auto y = W::load_column(p.y, p.n_padded, column + j, u);
-        const float weight = weights[column + j];
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
             const uint32_t row = (uint32_t)(first + r < p.nrows ? first + r : p.nrows - 1);
-            const PlaneRow of = {
-                (uint8_t*)p.x, (uint32_t)(n_expert * p.nrows), units, expert * (uint32_t)p.nrows + row};
-            acc[r] = __builtin_fmaf(W::add(W::load(of, u), y, 0), weight, acc[r]);
+            w[r] = W::load({(uint8_t*)p.x, matrix_rows, units, expert * (uint32_t)p.nrows + row}, u);
         }
-        u += 32;
+        y = W::load_column(p.y, p.n_padded, column + j, u);
+        return true;
+    }
+};
+
+// Block (4 teams of 2 rows, token): column token * n_used + j of the activations is that of the token's choice j.
+template <class W>
+HQ_INLINE void mul_mat_vec_mixed(
+    const Product& p, float* dst, int n_expert, int n_used, const int* experts, const float* weights) {
+    constexpr int kRows = MixedUnits<W>::kRows;
+    let_next_begin();
+    wait_for_inputs();
+    const int column = (int)block_y() * n_used, first = ((int)block_x() * 4 + thread_y()) * kRows;
+    const uint32_t matrix_rows = (uint32_t)(n_expert * p.nrows);
+    float acc[kRows] = {};
+    MixedUnits<W> ahead;
+    ahead.j = 0, ahead.u = (uint32_t)thread_x();
+    bool more = ahead.load(p, matrix_rows, first, column, n_used, experts);
+    while (more) {
+        const MixedUnits<W> here = ahead;
+        const float weight = weights[column + here.j];
+        ahead.u += 32;
+        more = ahead.load(p, matrix_rows, first, column, n_used, experts);
+#pragma unroll
+        for (int r = 0; r < kRows; r++) acc[r] = __builtin_fmaf(W::add(here.w[r], here.y, 0), weight, acc[r]);
     }
     const int which = team_sums<kRows>(acc);
     if (which >= 0 && first + which < p.nrows) dst[(int64_t)block_y() * p.nrows + first + which] = acc[0];
