@@ -295,9 +295,10 @@ class GpuBlocks(Blocks[Products]):
             nothing = layer.attn_norm, layer.attn_norm_bias, None, None, s.n_embd, self.normed.n_padded, s.eps
             self._launch_norm("add_layer_norm_q8", n, branch, *nothing)
         floats, planes = layer.down.wants(x)
-        if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1 and s.activation == "silu":
-            gate = planes, x.n_padded
-            layer.gate_up.few(self.normed, x.floats, n, epilogue=Epilogue(EpilogueKind.GATE, x.n_padded, gate=gate))
+        if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1 and s.gated:
+            kind = EpilogueKind.GATE if s.activation == "silu" else EpilogueKind.GATE_GELU
+            gate = Epilogue(kind, x.n_padded, gate=(planes, x.n_padded))
+            layer.gate_up.few(self.normed, x.floats, n, epilogue=gate)
         else:
             (layer.gate_up.few if n <= MAX_CAPTURED else layer.gate_up.many)(self.normed, self.gate_up, n)
             kernel = wiring.kernel(ACTIVATIONS[s.activation, s.gated])
