@@ -150,12 +150,14 @@ class GpuBlocks(Blocks[Products]):
         name = weights.file.path.name
         raise OutOfDeviceMemoryError(asked(context), free, f"{name} with {sequences} x {context} positions ({hint})")
 
-    def read_logits(self, n: int) -> Floats:
+    def read_logits(self, n: int, to: Floats | None = None) -> Floats:
         """Through pinned memory: a copy to other memory goes in pieces, each of which is waited for."""
         held = self._read[: n * self.sizes.n_vocab]
         self.logits.read_async(held, self.kernels.stream)
         self.kernels.stream.synchronize()
-        return held.reshape(n, -1).copy()
+        logits = np.empty((n, self.sizes.n_vocab), np.float32) if to is None else to
+        logits[:] = held.reshape(n, -1)
+        return logits
 
     def embed(self, n: int) -> None:
         self._branch = None
@@ -320,7 +322,7 @@ class GpuBlocks(Blocks[Products]):
         for at in range(0, len(logits), MAX_CAPTURED):
             n = min(MAX_CAPTURED, len(logits) - at)
             self.output(first + at, n)
-            logits[at : at + n] = self.read_logits(n)
+            self.read_logits(n, logits[at : at + n])
 
     def set_sampling(self, slot: int, state: npt.NDArray[np.uint32], recent: npt.NDArray[np.int32], first: int) -> None:
         (states, tokens, _), stream, n = self._sampling, self.kernels.stream, len(recent)
