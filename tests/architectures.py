@@ -44,19 +44,26 @@ class Shape:
     biases: tuple[str, ...] = ()  # matrices and norms that have one
     fused: tuple[str, ...] = ()  # "attn_qkv", "ffn_up" with the gate in front
     gated: bool = True
+    experts: int = 0  # feed-forward units of a layer, each n_ff wide
     vectors: Mapping[str, F32Array] = field(default_factory=dict)
 
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Names and shapes (rows, columns) of the weight matrices."""
+    def matrices(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes (rows, columns), or (experts, rows, columns), of the weight matrices."""
         q, kv = self.n_head * self.head_dim, self.n_kv * self.head_dim
-        layer = {"attn_qkv": (q + 2 * kv, self.n_embd)}
+        layer: dict[str, tuple[int, ...]] = {"attn_qkv": (q + 2 * kv, self.n_embd)}
         if "attn_qkv" not in self.fused:
             layer = {name: (rows, self.n_embd) for name, rows in (("attn_q", q), ("attn_k", kv), ("attn_v", kv))}
         layer |= {"attn_output": (self.n_embd, q), "ffn_down": (self.n_embd, self.n_ff)}
         if self.gated and "ffn_up" not in self.fused:
             layer["ffn_gate"] = self.n_ff, self.n_embd
         layer["ffn_up"] = (2 if "ffn_up" in self.fused else 1) * self.n_ff, self.n_embd
-        shapes = {"token_embd": (self.n_vocab, self.n_embd)} | ({} if self.tied else {"output": (48, self.n_embd)})
+        if self.experts:
+            one = {name: layer.pop(name) for name in ("ffn_gate", "ffn_up", "ffn_down")}
+            layer |= {f"{name}_exps": (self.experts, *shape) for name, shape in one.items()}
+            layer["ffn_gate_inp"] = self.experts, self.n_embd
+        shapes: dict[str, tuple[int, ...]] = {"token_embd": (self.n_vocab, self.n_embd)} | (
+            {} if self.tied else {"output": (48, self.n_embd)}
+        )
         return shapes | {f"blk.{i}.{name}": shape for i in range(self.n_layer) for name, shape in layer.items()}
 
     def lengths(self) -> dict[str, int]:
@@ -100,6 +107,23 @@ SHAPES = {
         },
     ),
     "qwen3": Shape("qwen3", n_head=4, n_kv=2, head_dim=80, head_norms=("attn_q_norm", "attn_k_norm")),
+    "mixtral": Shape(
+        "llama", experts=8, keys={"expert_count": 8, "expert_used_count": 2, "rope.freq_base": 1e6}
+    ),
+    "qwen3moe": Shape(
+        "qwen3moe",
+        n_head=4,
+        n_kv=2,
+        n_ff=96,
+        experts=40,
+        head_norms=("attn_q_norm", "attn_k_norm"),
+        keys={
+            "expert_count": 40,
+            "expert_used_count": 5,
+            "expert_feed_forward_length": 96,
+            "feed_forward_length": 384,
+        },
+    ),
     "phi2": Shape("phi2", biases=(*_PHI2_BIASES, "attn_q", "attn_k", "attn_v"), **_PHI2),
     "phi2_fused": Shape("phi2", biases=(*_PHI2_BIASES, "attn_qkv"), fused=("attn_qkv",), **_PHI2),
     "phi3": Shape("phi3", keys={"attention.sliding_window": 100}, **_PHI3),
@@ -163,12 +187,14 @@ def write(path: Path, shape: Shape, kind: str, types: Mapping[str, str] | None =
         checksum = zlib.crc32(raw.tobytes(), checksum)
         writer.add_tensor(name, raw, raw_dtype=type)
 
-    for name, (rows, columns) in shape.matrices().items():
-        std = 0.5 if name == "token_embd" else columns**-0.5 * (1.3 if "attn_q" in name or "attn_k" in name else 1)
+    for name, of in shape.matrices().items():
         own = name.rpartition(".")[2]
-        add(f"{name}.weight", std * normal(name, rows, columns), (types or {}).get(own, kind))
+        factor = {"attn_q": 1.3, "attn_k": 1.3, "attn_qkv": 1.3, "ffn_gate_inp": 3}.get(own, 1)
+        std = 0.5 if name == "token_embd" else of[-1] ** -0.5 * factor
+        own_kind = "F32" if own == "ffn_gate_inp" else kind  # it chooses experts: no tool quantizes it
+        add(f"{name}.weight", std * normal(name, *of), (types or {}).get(own, own_kind))
         if own in shape.biases:
-            add(f"{name}.bias", 0.2 * normal(f"{name}.bias", rows))
+            add(f"{name}.bias", 0.2 * normal(f"{name}.bias", of[-2]))
     for name, n in shape.lengths().items():
         add(f"{name}.weight", 1 + 0.2 * normal(name, n))
         if name.rpartition(".")[2] in shape.biases:

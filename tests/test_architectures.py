@@ -128,7 +128,15 @@ def test_what_gemma_reads(tmp_path: Path) -> None:
         ("phi2", {"attention.layer_norm_epsilon": 0.0}, "expected a number above 0"),
         ("phi2", {"rope.dimension_count": 82}, "an even number of at most 80"),
         ("qwen3", {"attention.key_length": 40, "attention.value_length": 40}, "dimension_count|has shape"),
-        ("qwen2", {"expert_count": 8}, "mixture of experts"),
+        ("qwen2", {"expert_count": 8}, "a mixture of experts is not supported for 'qwen2'"),
+        ("mixtral", {"expert_count": 600}, "is 600, expected 0 to 512"),
+        ("mixtral", {"expert_count": 4}, "blk.0.ffn_gate_inp.weight' has shape"),
+        ("mixtral", {"expert_used_count": None}, "'llama.expert_used_count' is missing"),
+        ("mixtral", {"expert_used_count": 0}, "is 0, expected 1 to 8"),
+        ("mixtral", {"expert_used_count": 9}, "is 9, expected 1 to 8"),
+        ("qwen3moe", {"expert_used_count": 33}, "is 33, expected 1 to 32"),
+        ("qwen3moe", {"expert_count": 0}, "'qwen3moe.expert_count' is missing or 0"),
+        ("qwen3moe", {"expert_feed_forward_length": 64}, "blk.0.ffn_gate_exps.weight' has shape"),
     ],
 )
 def test_metadata_that_does_not_fit(tmp_path: Path, name: str, keys: dict[str, Any], message: str) -> None:
@@ -141,6 +149,7 @@ def test_metadata_that_does_not_fit(tmp_path: Path, name: str, keys: dict[str, A
     [
         ("qwen3", {"head_norms": ("attn_q_norm",)}, "'blk.0.attn_k_norm.weight' is missing"),
         ("gemma2", {"norms": ("attn_norm", "ffn_norm")}, "'blk.0.post_attention_norm.weight' is missing"),
+        ("mixtral", {"experts": 0}, "'blk.0.ffn_gate_inp.weight' is missing"),
         ("phi2", {"biases": ()}, "'blk.0.attn_norm.bias' is missing"),
         ("phi3_long", {"vectors": {"rope_factors_long.weight": np.zeros(32, np.float32)}}, "above 0 everywhere"),
     ],

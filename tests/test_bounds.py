@@ -23,7 +23,7 @@ from hipquant.codeobjects import QUANTIZED
 from hipquant.driver import Device
 from hipquant.errors import InvalidModelFileError, UnsupportedQuantTypeError
 from hipquant.models.cpu import TILE_BYTES
-from hipquant.quants import FLOAT_TYPES, WEIGHT_TYPES, QuantType, padded
+from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, WEIGHT_TYPES, QuantType, padded
 from models import random_blocks, write_llama
 
 PAGE = mmap.PAGESIZE
@@ -125,6 +125,47 @@ def test_float_products(kind: QuantType, at_end: bool, cpu: Device) -> None:
             product = wiring.find("mul_mat_float", kind)
             launch(cpu, product, product.grid(nrows=ROWS), x, y, dst, k, ROWS, n, ROWS)
             assert not dst.view(np.float32).any()
+
+    in_child(run)
+
+
+@sides
+@pytest.mark.parametrize("kind", MATRIX_TYPES, ids=str)
+def test_experts(kind: QuantType, at_end: bool, cpu: Device) -> None:
+    """Four of six experts are chosen by 19 tokens, of which 17 choose the last one."""
+    k, tokens, experts, used = kind.block_size * 3 if kind in WEIGHT_TYPES else 33, 19, 6, 2
+    logits = np.zeros((tokens, experts), np.float32)
+    logits[:17, 4], logits[:, 5] = 2, -1
+    logits[np.arange(tokens), np.arange(tokens) % 3] = 1
+    w = [random_blocks(np.random.default_rng(0), kind, ROWS, k) for _ in range(experts)]
+
+    def words(*shape: int) -> Any:
+        return guarded(np.full(shape, np.nan, np.float32), at_end)
+
+    def run() -> None:
+        chosen, weights, token, column = (words(tokens * used) for _ in range(4))
+        groups, numbers = words(4 * experts), (experts, used)
+        choose, group, add = (wiring.kernel(n) for n in ("choose_experts", "group_experts", "add_experts_f32"))
+        launch(cpu, choose, choose.grid(ntokens=tokens), guarded(logits, at_end), chosen, weights, *numbers)
+        launch(cpu, group, group.grid(), chosen, groups, token, column, *numbers, tokens)
+        x = guarded(np.ones((tokens, k), np.float32), at_end)
+        matrices = w
+        if kind in WEIGHT_TYPES:
+            expert, _, n, tile = groups.view(np.int32).reshape(-1, 4)[3].tolist()
+            assert (expert, n) == (4, 17)
+            y = guarded(np.zeros((tile + n) * k // 32 * TILE_BYTES, np.uint8), at_end)
+            quantize, pack = wiring.kernel("quantize_q8_experts"), wiring.find("pack", kind)
+            launch(cpu, quantize, quantize.grid(k=k, groups=experts), x, token, groups, y, k)
+            matrices = [np.zeros(48 * kind.row_bytes(k), np.uint8) for _ in range(experts)]
+            for matrix, packed in zip(w, matrices, strict=True):
+                launch(cpu, pack, pack.grid(nrows=ROWS), matrix, packed, k, ROWS)
+        else:
+            y = x
+        dst, given = words(tokens * used, ROWS), words(tokens, ROWS)
+        product, of_all = wiring.find("mul_mat_experts", kind), guarded(np.stack(matrices), at_end)
+        launch(cpu, product, product.grid(nrows=ROWS, groups=experts), of_all, y, token, groups, dst, k, ROWS)
+        launch(cpu, add, add.grid(ntokens=tokens), dst, weights, column, given, ROWS, used)
+        assert np.isfinite(given.view(np.float32)).all(), "every result must be written"
 
     in_child(run)
 

@@ -197,7 +197,9 @@ def _get_rows() -> Iterator[Kernel]:
 def _cpu_engine() -> Iterator[Kernel]:
     """The CPU engine's families: weights packed 16 rows together, and what a transformer needs beside products.
 
-    Activations of the packed family are *q8 tiles* (`kernels/cpu/tile.h`): 16 columns at a time, 32 values of each.
+    Activations of the packed family are *q8 tiles* (`kernels/cpu/tile.h`): 16 columns at a time, 32 values of each. Of
+    a mixture of experts, `groups` of columns have an expert each (`kernels/cpu/experts.h`), `column` finds that of a
+    token's `n_used` choices, and `rows`, where it is not null, which row of activations a column is.
     """
     one = (1, 1, 1)
     for t in WEIGHT_TYPES:
@@ -230,9 +232,46 @@ def _cpu_engine() -> Iterator[Kernel]:
             silicon="cpu",
         )
 
+    for t in MATRIX_TYPES:
+        yield Kernel(
+            f"mul_mat_experts_{t.suffix}",
+            "mul_mat_experts",
+            _args(
+                "const void* x, const void* y, const int* rows, const int* groups, float* dst, int ncols_x, int nrows_x"
+            ),
+            one,
+            lambda nrows, groups: (_ceil(nrows, PACK_ROWS), groups, 1),
+            t,
+            silicon="cpu",
+        )
+
     def kernel(name: str, family: str, args: str, grid: Callable[..., Dim3]) -> Kernel:
         return Kernel(name, family, _args(args), one, grid, silicon="cpu")
 
+    yield kernel(
+        "choose_experts",
+        "experts",
+        "const float* logits, int* experts, float* weights, int n_expert, int n_used",
+        lambda ntokens: (ntokens, 1, 1),
+    )
+    yield kernel(
+        "group_experts",
+        "experts",
+        "const int* experts, int* groups, int* token, int* column, int n_expert, int n_used, int ntokens",
+        lambda: one,
+    )
+    yield kernel(
+        "quantize_q8_experts",
+        "experts",
+        "const float* x, const int* rows, const int* groups, void* y, int k",
+        lambda k, groups: (groups, _ceil(k, 1024), 1),
+    )
+    yield kernel(
+        "add_experts_f32",
+        "experts",
+        "const float* x, const float* weights, const int* column, float* dst, int n, int n_used",
+        lambda ntokens: (ntokens, 1, 1),
+    )
     yield kernel(
         "quantize_q8_tiles",
         "quantize_q8_tiles",

@@ -12,6 +12,8 @@ from .layers import EMBEDDING, Rope, Sizes
 
 MAX_HEAD_DIM = 512
 MAX_CONTEXT = 1 << 30
+MAX_EXPERTS = 512  # kernels/cpu/experts.h
+MAX_EXPERTS_USED = 32  # by a token
 SCALINGS = ("none", "linear", "yarn")
 
 
@@ -95,11 +97,20 @@ class Config(Sizes):
     windows: tuple[int, ...] = ()  # of the layers, where some have one
 
     @classmethod
-    def read(cls, keys: Keys, *, eps: str = "layer_norm_rms_epsilon", scalings: tuple[str, ...] = SCALINGS) -> Self:
-        """What all architectures have. Raises `InvalidModelFileError` for what is missing or contradictory."""
+    def read(
+        cls,
+        keys: Keys,
+        *,
+        eps: str = "layer_norm_rms_epsilon",
+        scalings: tuple[str, ...] = SCALINGS,
+        experts: bool = False,
+    ) -> Self:
+        """What all architectures have, and the numbers of `experts` where it may have some. Raises
+        `InvalidModelFileError` for what is missing or contradictory."""
         file = keys.file
-        if keys.size("expert_count", 0, least=0):
-            file.fail("the model has a mixture of experts, which is not supported yet; use a dense model")
+        n_expert = keys.size("expert_count", 0, MAX_EXPERTS, least=0)
+        if n_expert and not experts:
+            file.fail(f"a mixture of experts is not supported for {keys.architecture!r}; use a dense model")
         n_embd, n_head = keys.size("embedding_length"), keys.size("attention.head_count", most=4096)
         head_dim = keys.size("attention.key_length", max(1, n_embd // n_head), MAX_HEAD_DIM)
         if "attention.key_length" not in keys and n_embd % n_head:
@@ -128,4 +139,6 @@ class Config(Sizes):
             n_context=n_context,
             eps=keys.positive(f"attention.{eps}", 1.0),
             rope=keys.rope(n_rot, n_context, scalings),
+            n_expert=n_expert,
+            n_expert_used=keys.size("expert_used_count", most=min(n_expert, MAX_EXPERTS_USED)) if n_expert else 0,
         )

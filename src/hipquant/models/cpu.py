@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -48,9 +49,13 @@ class Linear:
     k: int
     weights: Buffer
     bias: Buffer | None
+    experts: int = 0  # how many such matrices there are, one an expert; 0: it is a matrix
 
     def __post_init__(self) -> None:
         self.quantized = self.type not in FLOAT_TYPES
+        if self.experts:
+            self._product = wiring.find("mul_mat_experts", self.type)
+            return
         self._product = wiring.find("mul_mat_packed" if self.quantized else "mul_mat_float", self.type)
         self._grid = self._product.grid(nrows=self.rows)
 
@@ -60,6 +65,58 @@ class Linear:
         self.kernels(self._product, self._grid, self.weights, source, dst, self.k, self.rows, n, self.rows)
         if self.bias is not None:
             self.kernels(wiring.kernel("add_bias_f32"), (n, 1, 1), dst, self.bias, self.rows)
+
+    def of_experts(self, x: Buffer, rows: Buffer | None, tiles: Buffer, groups: Buffer, n: int, dst: Buffer) -> None:
+        """dst[column][rows] = the columns of n groups times the weights of their experts."""
+        columns = tiles if self.quantized else x
+        grid = self._product.grid(nrows=self.rows, groups=n)
+        self.kernels(self._product, grid, self.weights, columns, rows, groups, dst, self.k, self.rows)
+
+
+class Mixture:
+    """The experts of each token of a pass, and what these compute for it, by columns that are sorted by expert."""
+
+    def __init__(self, kernels: Kernels, s: Sizes) -> None:
+        self.kernels, self.sizes = kernels, s
+        pairs = CHUNK * s.n_expert_used  # of a token and an expert
+
+        def words(n: int) -> Buffer:
+            return kernels.device.allocate(4 * n, "experts")
+
+        self.logits, self.weights = words(CHUNK * s.n_expert), words(pairs)
+        self.experts, self.token, self.column = (words(pairs) for _ in range(3))
+        self.groups = words(4 * min(pairs, s.n_expert))
+        self.tiles = kernels.device.allocate(2 * pairs * -(-max(s.n_embd, s.n_ff) // 32) * TILE_BYTES, "experts")
+        self.gate, self.up, self.gated = (words(pairs * s.n_ff) for _ in range(3))
+        self.down = words(pairs * s.n_embd)
+
+    def __call__(self, layer: Layer[tuple[Linear, ...]], x: Activations, n: int, dst: Buffer) -> None:
+        """dst[n][n_embd] = what the experts of the tokens give, weighted."""
+        s, count = self.sizes, n * self.sizes.n_expert_used * self.sizes.n_ff
+        add, silu = wiring.kernel("add_experts_f32"), wiring.kernel("silu_mul_f32")
+        self._choose(layer, x, n)
+        self._multiply(layer.gate_up, x.floats, self.token, n, self.gate, self.up)
+        self.kernels(silu, silu.grid(n=count), self.gate, self.up, self.gated, count)
+        self._multiply(layer.down, self.gated, None, n, self.down)
+        of_tokens = self.weights, self.column, dst, s.n_embd, s.n_expert_used
+        self.kernels(add, add.grid(ntokens=n), self.down, *of_tokens)
+
+    def _choose(self, layer: Layer[tuple[Linear, ...]], x: Activations, n: int) -> None:
+        s, choose, group = self.sizes, wiring.kernel("choose_experts"), wiring.kernel("group_experts")
+        assert layer.router is not None
+        _multiply(layer.router, x, n, self.logits)
+        numbers = s.n_expert, s.n_expert_used
+        self.kernels(choose, choose.grid(ntokens=n), self.logits, self.experts, self.weights, *numbers)
+        self.kernels(group, group.grid(), self.experts, self.groups, self.token, self.column, *numbers, n)
+
+    def _multiply(self, matrices: tuple[Linear, ...], x: Buffer, rows: Buffer | None, n: int, *to: Buffer) -> None:
+        """Row `rows[column]` of x for each column, or its own."""
+        k, groups = matrices[0].k, min(n * self.sizes.n_expert_used, self.sizes.n_expert)
+        if any(linear.quantized for linear in matrices):
+            quantize = wiring.kernel("quantize_q8_experts")
+            self.kernels(quantize, quantize.grid(k=k, groups=groups), x, rows, self.groups, self.tiles, k)
+        for linear, dst in zip(matrices, to, strict=True):
+            linear.of_experts(x, rows, self.tiles, self.groups, groups, dst)
 
 
 class CpuWeights(Weights[tuple[Linear, ...]]):
@@ -77,7 +134,10 @@ class CpuWeights(Weights[tuple[Linear, ...]]):
         if free is not None and self._total > free:
             raise OutOfDeviceMemoryError(self._total, free, f"the weights of {file.path.name}")
         # One place for all, so that it comes in huge pages throughout; what is not used is never touched.
-        each = sum(PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT for t in self.tensors.values())
+        each = sum(
+            math.prod(t.shape[:-2]) * PACK_ROWS * t.type.row_bytes(t.shape[-1]) + ALIGNMENT
+            for t in self.tensors.values()
+        )
         padding = MAX_PARTS * each
         self._place, self._used = device.allocate(self._total + padding, f"the weights of {file.path.name}"), 0
 
@@ -98,27 +158,37 @@ class CpuWeights(Weights[tuple[Linear, ...]]):
         """Quantized types are packed, part by part, and their mapping is let go."""
         return tuple(self._linear(m, k) for m in matrices)
 
+    def experts(self, k: int, used: int, *matrices: Matrix) -> tuple[Linear, ...]:
+        held = self.memory
+        found = self.products(k, *matrices)
+        self.memory = held + (self.memory - held) * used // matrices[0].experts
+        return found
+
     def _linear(self, m: Matrix, k: int) -> Linear:
         info, bias = self.info_of(m, k), self.bias(m)
         self._check_type(info)
         weights = self._floats_of(m, info, k) if info.type in FLOAT_TYPES else self._pack(m, info, k)
         to_add = self.device.upload(bias) if bias is not None else None
-        return Linear(self.kernels, info.type, m.rows, k, weights, to_add)
+        return Linear(self.kernels, info.type, m.rows, k, weights, to_add, m.experts)
 
     def _floats_of(self, m: Matrix, info: TensorInfo, k: int) -> Buffer:
         """Mapped, or copied where the order is another one."""
         self.file.check_scales(m.name)
-        rows = self.file.data(m.name).reshape(-1, info.type.row_bytes(k))[m.first : m.first + m.rows]
+        rows = self.file.data(m.name).reshape(-1, info.type.row_bytes(k))
+        rows = rows[m.first : m.first + max(1, m.experts) * m.rows]
         self._count(rows.nbytes, rows.nbytes)
         return self.device.upload(rows if m.order is None else rows[m.order])
 
     def _pack(self, m: Matrix, info: TensorInfo, k: int) -> Buffer:
         kernel, row_bytes = wiring.find("pack", info.type), info.type.row_bytes(k)
-        packed = self._take(-(-m.rows // PACK_ROWS) * PACK_ROWS * row_bytes)
+        whole = -(-m.rows // PACK_ROWS) * PACK_ROWS * row_bytes
+        packed = self._take(max(1, m.experts) * whole)
         step = max(PACK_ROWS, PART // row_bytes // PACK_ROWS * PACK_ROWS)
-        for first, n, part in self._checked_parts(m, step, k):
-            self.kernels(kernel, kernel.grid(nrows=n), part, packed.address + first * row_bytes, k, n)
-            self._count(part.nbytes, part.nbytes)
+        for expert in range(max(1, m.experts)):
+            to = packed.address + expert * whole
+            for first, n, part in self._checked_parts(m._replace(first=m.first + expert * m.rows), step, k):
+                self.kernels(kernel, kernel.grid(nrows=n), part, to + first * row_bytes, k, n)
+                self._count(part.nbytes, part.nbytes)
         return packed
 
     def _take(self, nbytes: int) -> Buffer:
@@ -171,6 +241,7 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         self.gated = Activations(self.kernels, s.n_ff, CHUNK)
         self.q, self.k, self.v = (floats(heads * s.head_dim) for heads in (s.n_head, s.n_head_kv, s.n_head_kv))
         self.gate, self.up, self.branch = floats(s.n_ff), floats(s.n_ff), floats(s.n_embd)
+        self.mixture = Mixture(self.kernels, s) if s.n_expert else None
 
     def embed(self, n: int) -> None:
         self.pending: Buffer | None = None  # a branch that the next norm adds to the residual stream
@@ -213,6 +284,11 @@ class CpuBlocks(Blocks[tuple[Linear, ...]]):
         self._set_branch(layer.attn_output, self.attended, n, layer.attn_post_norm)
 
     def feed_forward(self, layer: Layer[tuple[Linear, ...]], n: int) -> None:
+        if self.mixture is not None and layer.ffn_norm is not None:
+            self._norm(layer.ffn_norm, n)
+            self.mixture(layer, self.normed, n, self.branch)
+            self.pending = self.branch
+            return
         s, count = self.sizes, n * self.sizes.n_ff
         kernel = wiring.kernel("silu_mul_f32" if s.activation == "silu" else "gelu_mul_f32")
         if layer.ffn_norm is not None:

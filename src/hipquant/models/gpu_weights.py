@@ -184,6 +184,9 @@ class GpuWeights(Weights[Products]):
             at += rows
         return Products(self.kernels, k, runs, self._biases(matrices))
 
+    def experts(self, k: int, used: int, *matrices: Matrix) -> Products:
+        self.file.fail("mixtures of experts run on the CPU so far; load the model with the device cpu")
+
     def _biases(self, matrices: tuple[Matrix, ...]) -> Buffer | None:
         """One for all rows, 0 where a matrix has none; None if none has."""
         biases = [self.bias(m) for m in matrices]

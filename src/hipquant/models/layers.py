@@ -66,6 +66,8 @@ class Sizes:
     attn_softcap: float = 0.0  # a score becomes cap tanh(score / cap); 0: as it is
     logit_softcap: float = 0.0  # the same of logits
     cache_type: str = "f16"  # of wiring.CACHE_TYPES
+    n_expert: int = 0  # feed-forward units of a layer, n_ff wide each; 0: there is one, and no choice
+    n_expert_used: int = 0  # that the router chooses for a token, with weights that add up to 1
 
     @property
     def score_scale(self) -> float:
@@ -90,6 +92,7 @@ class Matrix(NamedTuple):
     first: int = 0
     of: int = 0
     order: Order | None = None
+    experts: int = 0  # how many such matrices the tensor holds, one an expert; 0: it is a matrix
 
 
 def matrix(name: str, rows: int, first: int = 0, of: int = 0, order: Order | None = None) -> Matrix:
@@ -131,6 +134,7 @@ class Layer(Generic[L]):
     q_norm: Buffer | None = None  # weights [head_dim] of the norm of each query, and of each key
     k_norm: Buffer | None = None
     sinks: Buffer | None = None  # [n_head]: scores without values, which take their share of the weights
+    router: L | None = None  # gives a logit for each expert; gate, up and down are then matrices of all experts
 
 
 class Blocks(ABC, Generic[L]):
@@ -242,6 +246,10 @@ class Weights(ABC, Generic[L]):
         """Weight matrices (rows, k) that multiply the same activations."""
 
     @abstractmethod
+    def experts(self, k: int, used: int, *matrices: Matrix) -> L:
+        """As `products`, of matrices that each expert has one of: of them `used` are read for a token."""
+
+    @abstractmethod
     def blocks(
         self, sizes: Sizes, embedding: Matrix | None, output: Matrix | None, sequences: int, context: int
     ) -> Blocks[L]:
@@ -266,6 +274,19 @@ class Weights(ABC, Generic[L]):
             first += rows
         return self.products(s.n_embd, *parts)
 
+    def mixture_of_experts(self, s: Sizes, prefix: str) -> tuple[L, L, L]:
+        """Of a block: the router, and of all experts gate and up, and down."""
+
+        def of_each(name: str, rows: int) -> Matrix:
+            return Matrix(f"{prefix}ffn_{name}_exps.weight", rows, experts=s.n_expert)
+
+        gate, up, down = of_each("gate", s.n_ff), of_each("up", s.n_ff), of_each("down", s.n_embd)
+        return (
+            self.products(s.n_embd, Matrix(f"{prefix}ffn_gate_inp.weight", s.n_expert)),
+            self.experts(s.n_embd, s.n_expert_used, gate, up),
+            self.experts(s.n_ff, s.n_expert_used, down),
+        )
+
     def head_norm(self, s: Sizes, name: str) -> Buffer:
         """The weight of the norm of queries or keys: values in the order of their matrix' rows."""
         return self.vector(name, s.head_dim, neighbouring_pairs(s, 1))
@@ -286,8 +307,9 @@ class Weights(ABC, Generic[L]):
         return info
 
     def info_of(self, m: Matrix, k: int) -> TensorInfo:
-        """The tensor of a matrix of rows of k values."""
-        return self.info(m.name, (m.of or m.rows, k))
+        """The tensor of a matrix of rows of k values, or of one for each expert."""
+        experts = (m.experts,) if m.experts else ()
+        return self.info(m.name, (*experts, m.of or m.rows, k))
 
     def floats(self, name: str, n: int, first: int = 0, of: int = 0) -> Floats:
         """A float vector (norm, bias, frequency factors), as float32, on the host: all of a tensor, or n values of `of`

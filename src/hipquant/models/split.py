@@ -63,6 +63,9 @@ class SplitWeights(Weights[Any]):
     def products(self, k: int, *matrices: Matrix) -> Any:
         return self._of(matrices[0].name).products(k, *matrices)
 
+    def experts(self, k: int, used: int, *matrices: Matrix) -> Any:
+        return self._of(matrices[0].name).experts(k, used, *matrices)
+
     def embedding(self, embedding: Matrix, k: int) -> Buffer:
         return self.cpu.embedding(embedding, k)
 

@@ -1,5 +1,7 @@
 // Products of raw GGUF blocks with one column: `mul_mat_vec_*_hip1` of q8_1, `dequantize_mul_mat_vec_*` of floats; and
-// `mul_mat_float_*` of float weights with float columns. More columns of q8_1: mat_mat.cpp.
+// `mul_mat_float_*` of float weights with float columns, `mul_mat_experts_*` of those of experts. More columns of q8_1:
+// mat_mat.cpp.
+#include "experts.h"
 #include "launch.h"
 #include "q8_1.h"
 #include "types.h"
@@ -95,6 +97,26 @@ template <class F> static void mul_mat_float(const hq_launch* launch, void** par
         }
 }
 
-#define HQ_MAT_FLOAT(suffix, F) \
-    HQ_ENTRY(mul_mat_float_##suffix) { mul_mat_float<F>(launch, params); }
+// Block (16 rows, group): dst[column][nrows] of columns that are rows `rows[column]` of y; their own, where it is null.
+template <class F> static void mul_mat_experts_float(const hq_launch* launch, void** params) {
+    const auto* x = arg<const char*>(params, 0);
+    const auto* y = arg<const float*>(params, 1);
+    const auto* rows = arg<const int*>(params, 2);
+    const auto* groups = arg<const ExpertGroup*>(params, 3);
+    auto* dst = arg<float*>(params, 4);
+    const int k = arg<int>(params, 5), nrows = arg<int>(params, 6);
+    for (uint64_t block = launch->begin; block < launch->end; block++) {
+        const auto group = groups[block / launch->grid[0]];
+        const int first = 16 * (int)(block % launch->grid[0]), last = first + 16 < nrows ? first + 16 : nrows;
+        for (int row = first; row < last; row++) {
+            const char* w = x + ((int64_t)group.expert * nrows + row) * k * F::kBytes;
+            for (int64_t c = group.first; c < group.first + group.count; c++)
+                row_times_floats<F, 1>(dst + c * nrows + row, nrows, w, y + (rows ? rows[c] : c) * k, k);
+        }
+    }
+}
+
+#define HQ_MAT_FLOAT(suffix, F)                                             \
+    HQ_ENTRY(mul_mat_float_##suffix) { mul_mat_float<F>(launch, params); } \
+    HQ_ENTRY(mul_mat_experts_##suffix) { mul_mat_experts_float<F>(launch, params); }
 HQ_FLOAT_TYPES(HQ_MAT_FLOAT)
