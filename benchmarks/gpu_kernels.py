@@ -22,7 +22,7 @@ import numpy as np
 import hipquant as hq
 from common import header, keep  # first: it keeps numpy's threads quiet
 from hipquant import ops, wiring
-from hipquant.driver import Device, Event
+from hipquant.driver import Device, Event, Stream
 from hipquant.quants import WEIGHT_TYPES, QuantType, padded, quant_type
 from hipquant.toolchain.cases import random_blocks
 
@@ -51,9 +51,8 @@ CANDLE_US = {
 CANDLE_TOPS = (72, 67, 70, 66, 79, 42, 38, 55, 52, 63)
 
 
-def graph_seconds(device: Device, launches: Callable[[], None], repeats: int = 15) -> float:
+def graph_seconds(stream: Stream, launches: Callable[[], None], repeats: int = 15) -> float:
     """Median seconds of a captured graph, after 30 ms of replays that bring the clocks up."""
-    stream = device.stream
     with stream.capture() as graph:
         launches()
     until = time.perf_counter() + 0.03
@@ -81,7 +80,7 @@ def read_ceiling(device: Device) -> float:
         return lambda: function.launch((blocks, 1, 1), (512, 1, 1), 0, device.stream, params)
 
     units = device.compute_units  # type: ignore[attr-defined]
-    return source.nbytes / min(graph_seconds(device, launch(units * n), 5) for n in (4, 8, 16, 32))
+    return source.nbytes / min(graph_seconds(device.stream, launch(units * n), 5) for n in (4, 8, 16, 32))
 
 
 class Matrix:
@@ -123,7 +122,7 @@ class Matrix:
 
     def seconds(self, n: int) -> float:
         launch, count = self.product(n)
-        return graph_seconds(self.device, launch) / count
+        return graph_seconds(self.device.stream, launch) / count
 
     @property
     def nbytes(self) -> int:

@@ -1,9 +1,10 @@
-"""A real GPU as a device, where HIPQUANT_TEST_DEVICE names one. Its machine may lack gguf, and so tests/models.py."""
+"""A real GPU as a device, where HIPQUANT_TEST_DEVICE names one. Its machine may lack gguf."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import threading
 import time
 from pathlib import Path
@@ -17,8 +18,14 @@ from hipquant.driver import Event, gpu
 from hipquant.driver.gpu_module import Module
 from hipquant.driver.gpu_stream import Stream
 from hipquant.errors import DriverError, InvalidCodeObjectError, KernelNotFoundError, OutOfDeviceMemoryError
+from hipquant.gguf_file import GGUFFile
 from hipquant.models import DEMO
+from hipquant.quantize import plan, quantize_file
+from hipquant.quantize.mixes import file_type
+from hipquant.quants import FLOAT_TYPES, WEIGHT_TYPES, quant_type
 
+KINDS = [t.name for t in FLOAT_TYPES + WEIGHT_TYPES]
+MIXES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # file types of these names have other tensors besides
 REAL = os.environ.get("HIPQUANT_TEST_DEVICE", "")
 needs_device = pytest.mark.skipif(not REAL.startswith("cuda"), reason="HIPQUANT_TEST_DEVICE names no NVIDIA device")
 
@@ -149,17 +156,25 @@ def text() -> list[int]:
     return np.random.default_rng(0).integers(0, hq.load().n_vocab, 2048).tolist()
 
 
+def _demo_of(kind: str, folder: Path, context: int = 1024) -> Path:
+    """The demo model with all matrices in a type, said to be made for a context."""
+    folder.mkdir(exist_ok=True)
+    with GGUFFile(DEMO) as file:
+        type = quant_type(kind)
+        made = plan(file, file_type(MIXES.get(kind, kind)), allow_requantize=True, output=type, embedding=type)
+        quantize_file(made, path := folder / f"{kind}-{context}.gguf")
+    key = b"llama.context_length" + struct.pack("<I", 4)
+    whole = path.read_bytes()
+    assert whole.count(key + struct.pack("<I", 1024)) == 1
+    path.write_bytes(whole.replace(key + struct.pack("<I", 1024), key + struct.pack("<I", context)))
+    return path
+
+
 @needs_device
-@pytest.mark.parametrize("kind", ["as it is", "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["as it is", *KINDS])
 def test_real_logits(real: gpu.Device, kind: str, text: list[int], tmp_path: Path) -> None:
     """The demo model's logits are the CPU's, in a prompt, in steps of one token and of eight."""
-    path = None
-    if kind != "as it is":
-        from gguf import GGMLQuantizationType
-
-        from demo_requant import requantize
-
-        requantize(DEMO, path := tmp_path / "demo.gguf", GGMLQuantizationType[kind])
+    path = None if kind == "as it is" else _demo_of(kind, tmp_path)
     model, reference = (hq.load(path, device, sequences=8) for device in (real, "cpu"))
     expected = reference.forward(text[:64], 0, logits="all")
     assert _nmse(model.forward(text[:64], 0, logits="all"), expected) <= 1e-4
@@ -184,12 +199,39 @@ def test_real_greedy_tokens(real: gpu.Device, text: list[int]) -> None:
 
 
 @needs_device
-def test_real_long_context(real: gpu.Device, text: list[int]) -> None:
-    model, reference = hq.load(device=real), hq.load(device="cpu")
-    n = min(model.context, len(text))
-    found, expected = (m.forward(text[:n], 0, logits="all") for m in (model, reference))
-    for position in (1, n // 2 - 1, n - 1):
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_real_long_context(real: gpu.Device, kind: str, cache_type: str, tmp_path: Path) -> None:
+    """Far beyond what the model was made for, in a prompt and in steps at its ends."""
+    path = _demo_of(kind, tmp_path, 4096)
+    model, reference = hq.load(path, real, context=4096, cache_type=cache_type), hq.load(path, "cpu", context=4096)
+    ids = np.random.default_rng(1).integers(0, model.n_vocab, 4096).tolist()
+    found, expected = (m.forward(ids, 0, logits="all") for m in (model, reference))
+    for position in (1, 1023, 4095):
         assert _nmse(found[position], expected[position]) <= 1e-3, position
+    for position in (1, 1023, 4095):
+        step = model.forward(ids[position : position + 1], position)
+        assert _nmse(step, expected[position]) <= 1e-3, position
+        model.forward(ids, 0)
+
+
+@needs_device
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_real_architectures(real: gpu.Device, kind: str, tmp_path: Path) -> None:
+    """Logits of a small model of each architecture are llama.cpp's, for prompts and steps."""
+    architectures = pytest.importorskip("architectures", reason="gguf, which writes the models, is not installed")
+    limit = {"F32": 1e-4, "Q8_0": 1e-3}[kind]
+    for name, shape in architectures.SHAPES.items():
+        path, (checksum, expected) = tmp_path / f"{name}.gguf", architectures.figures(name, kind)
+        assert architectures.write(path, shape, kind) == checksum
+        model = hq.load(path, real, context=shape.context, sequences=1)
+        for n, logits in zip(architectures.PROMPTS, expected, strict=True):
+            assert _nmse(model.forward(architectures.tokens(n), 0), logits) <= limit, (name, n)
+        last = architectures.tokens(architectures.PROMPTS[-1])
+        model.forward(last[:290], 0)
+        for at in range(290, len(last)):
+            found = model.forward(last[at : at + 1], at)
+        assert _nmse(found, expected[-1]) <= limit, name
 
 
 @needs_device

@@ -65,8 +65,9 @@ class Epilogue(IntEnum):
     """What becomes of the results of `mul_mat_vec_planes_*` (mat_vec_epilogue.h)."""
 
     STORE = 0
-    GATE = wiring.GATED
+    GATE = 2
     ROPE_AND_STORE = 3
+    GATE_GELU = 4
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,9 @@ class Product:
         """Launches `mul_mat_vec_planes_*`; the columns of `dst` are its rows."""
         shape = self.shape
         row = wiring.find("mul_mat_vec_planes", self.kind, batch=shape.batch)
-        to_block = wiring.rows_to_block(shape.rows, plane_units(self.k), shape.batch, epilogue == Epilogue.GATE, 1)
+        to_block = wiring.rows_to_block(
+            shape.rows, plane_units(self.k), shape.batch, epilogue in (Epilogue.GATE, Epilogue.GATE_GELU), 1
+        )
         grid = row.grid(nrows=shape.rows, ncols=shape.columns, rows_to_block=to_block)
         to = self.first, dst.shape[1], int(epilogue), to_block
         self.backend.launch(row, grid, (*self._product(dst), *to, *planes, *rope))
@@ -337,17 +340,20 @@ GATE = [
 ]
 
 
+@pytest.mark.parametrize("kind", [Epilogue.GATE, Epilogue.GATE_GELU], ids=["silu", "gelu"])
 @pytest.mark.parametrize(("shape", "which"), GATE, ids=str)
-def test_gate(runner: Runner, rng: np.random.Generator, shape: Shape, which: str) -> None:
-    """SiLU of the first half of the rows times the second half, as floats and in planes."""
+def test_gate(runner: Runner, rng: np.random.Generator, shape: Shape, which: str, kind: Epilogue) -> None:
+    """SiLU or GELU (tanh form) of the first half of the rows times the second half, as floats and in planes."""
     product, n, columns = Product(runner, rng, shape), shape.rows // 2, shape.columns
     gate, up = product.expected[:, :n], product.expected[:, n:]
     for n_padded in {padded(n, UNIT), padded(n)}:
         dst = poison(columns, n_padded)
         q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
-        product.run(dst, Epilogue.GATE, (q if which else NULL, n_padded))
+        product.run(dst, kind, (q if which else NULL, n_padded))
         with np.errstate(over="ignore"):
-            assert reference.nmse(dst[:, :n], gate / (1 + np.exp(-gate)) * up) <= 4 * product.limit
+            gelu = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+            activated = gate / (1 + np.exp(-gate)) if kind == Epilogue.GATE else gelu
+        assert reference.nmse(dst[:, :n], activated * up) <= 4 * product.limit
         assert np.isnan(dst[:, n:]).all()
         if which:
             check_group_planes(q, dst[:, :n], n_padded)

@@ -79,6 +79,17 @@ def test_figures_of_gpu_models_are_those_of_the_result() -> None:
         assert f"| {' | '.join(cells)} |" in README
 
 
+def test_figures_of_the_engines_products_are_those_of_the_result() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "gpu-engine-h200.json").read_text())
+    assert f"read ceiling of {result['read_ceiling_GB/s']:.0f} GB/s of the same run" in " ".join(README.split())
+    assert len(result["rows"]) == 4 * len(WEIGHT_TYPES)
+    for t in WEIGHT_TYPES:
+        found = {(r["kind"], r["nbytes"] > 50e6): r for r in result["rows"] if r["type"] == t.name}
+        keys = [(kind, large) for kind in ("stored", "normed") for large in (False, True)]
+        cells = [t.name, *(f"{found[key]['gbs']:.0f} ({found[key]['fraction']:.0%})" for key in keys)]
+        assert f"| {' | '.join(cells)} |" in README
+
+
 def test_figures_of_quantizing_are_those_of_the_result() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "quantize-2-cores.json").read_text())
     assert len(result["types"]) == 5

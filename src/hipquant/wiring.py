@@ -31,7 +31,6 @@ Dim3 = tuple[int, int, int]
 Silicon = Literal["any", "cpu", "gpu"]  # whose code objects have a kernel
 PROFILES = ("hip", "cuda")
 MAX_BATCH = 8  # columns that one mul_mat_vec kernel takes
-GATED = 2  # the epilogue of mul_mat_vec_planes in which pairs of products are gated
 PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are compiled for
 MAX_GRID_Y = 65535
 PACK_ROWS = 16  # rows that the engine's packed weights interleave

@@ -155,12 +155,14 @@ class GpuBlocks(Blocks[Products]):
         name = weights.file.path.name
         raise OutOfDeviceMemoryError(asked(context), free, f"{name} with {sequences} x {context} positions ({hint})")
 
-    def read_logits(self, n: int) -> Floats:
+    def read_logits(self, n: int, to: Floats | None = None) -> Floats:
         """Through pinned memory: a copy to other memory goes in pieces, each of which is waited for."""
         held = self._read[: n * self.sizes.n_vocab]
         self.logits.read_async(held, self.kernels.stream)
         self.kernels.stream.synchronize()
-        return held.reshape(n, -1).copy()
+        logits = np.empty((n, self.sizes.n_vocab), np.float32) if to is None else to
+        logits[:] = held.reshape(n, -1)
+        return logits
 
     def embed(self, n: int) -> None:
         self._branch = None
@@ -306,9 +308,10 @@ class GpuBlocks(Blocks[Products]):
             nothing = layer.attn_norm, layer.attn_norm_bias, None, None, s.n_embd, self.normed.n_padded, s.eps
             self._launch_norm("add_layer_norm_q8", n, branch, *nothing)
         floats, planes = layer.down.wants(x)
-        if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1 and s.activation == "silu":
-            gate = planes, x.n_padded
-            layer.gate_up.few(self.normed, x.floats, n, epilogue=Epilogue(EpilogueKind.GATE, x.n_padded, gate=gate))
+        if n <= MAX_CAPTURED and len(layer.gate_up.runs) == 1 and s.gated:
+            kind = EpilogueKind.GATE if s.activation == "silu" else EpilogueKind.GATE_GELU
+            gate = Epilogue(kind, x.n_padded, gate=(planes, x.n_padded))
+            layer.gate_up.few(self.normed, x.floats, n, epilogue=gate)
         else:
             (layer.gate_up.few if n <= MAX_CAPTURED else layer.gate_up.many)(self.normed, self.gate_up, n)
             kernel = wiring.kernel(ACTIVATIONS[s.activation, s.gated])
@@ -330,7 +333,7 @@ class GpuBlocks(Blocks[Products]):
         for at in range(0, len(logits), MAX_CAPTURED):
             n = min(MAX_CAPTURED, len(logits) - at)
             self.output(first + at, n)
-            logits[at : at + n] = self.read_logits(n)
+            self.read_logits(n, logits[at : at + n])
 
     def set_sampling(self, slot: int, state: npt.NDArray[np.uint32], recent: npt.NDArray[np.int32], first: int) -> None:
         (states, tokens, _), stream, n = self._sampling, self.kernels.stream, len(recent)

@@ -54,8 +54,9 @@ class EpilogueKind(IntEnum):
 
     STORE = 0
     ADD_AND_NORM = 1
-    GATE = wiring.GATED
+    GATE = 2
     ROPE_AND_STORE = 3
+    GATE_GELU = 4
 
 
 @dataclass
@@ -163,7 +164,7 @@ class Products:
             self.kernels(kernel, kernel.grid(nrows=run.rows), *product, stride, *epilogue.norm)
             return
         kernel = wiring.find("mul_mat_vec_planes", run.type, batch=batch)
-        gated = epilogue.kind == EpilogueKind.GATE
+        gated = epilogue.kind in (EpilogueKind.GATE, EpilogueKind.GATE_GELU)
         rows = wiring.rows_to_block(run.rows, plane_units(self.k), batch, gated, self.processors)
         grid = kernel.grid(nrows=run.rows, ncols=n, rows_to_block=rows)
         to = run.at, stride, int(epilogue.kind), rows, *epilogue.gate, *epilogue.rope

@@ -182,9 +182,9 @@ class Blocks(ABC, Generic[L]):
             row[: len(values)] = values
         self._inputs.write_async(self._staged, self.kernels.stream)
 
-    def read_logits(self, n: int) -> Floats:
-        """What `output` gave for n tokens: float32 [n, n_vocab]."""
-        logits = np.empty((n, self.sizes.n_vocab), np.float32)
+    def read_logits(self, n: int, to: Floats | None = None) -> Floats:
+        """What `output` gave for n tokens: float32 [n, n_vocab], a new array or `to`."""
+        logits = np.empty((n, self.sizes.n_vocab), np.float32) if to is None else to
         self.logits.read_async(logits, self.kernels.stream)
         self.kernels.stream.synchronize()
         return logits

@@ -283,7 +283,7 @@ class Model:
         n = len(logits)
         if n <= MAX_CAPTURED:
             self._run(n, n)
-            logits[:] = self.blocks.read_logits(n)
+            self.blocks.read_logits(n, logits)
         else:
             self._run(n, 0)
             self.blocks.read_output(0, logits)
@@ -297,9 +297,7 @@ class Model:
             key = stage, n, n_logits, draw
             if key in self._graphs:
                 self._graphs[key].launch(stream)
-            elif (
-                n > self.blocks.batch or key not in self._seen
-            ):  # the first of its kind loads what it needs, not captured
+            elif n > self.blocks.batch or key not in self._seen:  # the first one loads what it needs, not captured
                 self._launch(n, n_logits, draw)
                 self._seen.add(key)
             else:

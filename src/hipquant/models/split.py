@@ -152,8 +152,8 @@ class SplitBlocks(Blocks[Any]):
         if self._active is self.gpu:
             self.gpu.sample(n)
 
-    def read_logits(self, n: int) -> Floats:
-        return self.gpu.read_logits(n)
+    def read_logits(self, n: int, to: Floats | None = None) -> Floats:
+        return self.gpu.read_logits(n, to)
 
     def read_output(self, first: int, logits: Floats) -> None:
         self.gpu.read_output(first, logits)

@@ -2,10 +2,6 @@
 // `scale_rows_f32`; `softcap_rows_f32`: x = cap tanh(x / cap). A thread takes four values, or one of a bias.
 #include "rows.h"
 
-HQ_INLINE float silu(float v) { return v / (1 + exp_(-v)); }
-// In its tanh form: v / 2 (1 + tanh t) is v / (1 + e^-2t), where t is sqrt(2 / pi) (v + 0.044715 v^3).
-HQ_INLINE float gelu(float v) { return v / (1 + exp_(-2 * v * (0.797884560802865f + 0.0356774081363f * v * v))); }
-
 template <float (*kActivation)(float), bool kGated>
 HQ_INLINE void store_activated(const float* gate_up, float* y, void* q, int n, int n_padded) {
     const int i = 4 * ((int)block_x() * 256 + thread_x());

@@ -11,7 +11,7 @@ struct Product {
     int ncols, nrows, columns, n_padded;
 };
 
-enum EpilogueKind { kStore, kAddAndNorm, kGate, kRopeAndStore };
+enum EpilogueKind { kStore, kAddAndNorm, kGate, kRopeAndStore, kGateGelu };
 
 struct Epilogue {
     int kind;
@@ -28,6 +28,8 @@ struct Epilogue {
     const int *position, *slot;
     int n_head, n_head_kv, head_dim, n_rot, n_context;
     int pairs_to_block;  // pairs of rows that a block takes: of those that become activations, what makes 32
+
+    HQ_MEMBER bool gates() const { return kind == kGate || kind == kGateGelu; }
 };
 
 // The row of the matrix that row r of a block is, whose first pair is `begin`: pairs are neighbours or, where they are
@@ -55,7 +57,7 @@ template <int kTeams, int kColumns, bool kNorm> struct EpilogueThread {
     float weight, squares[kAhead], other[2];  // other: the residual stream, or cosine and sine
     int at, slot;                             // of the token, in the KV cache
 
-    HQ_MEMBER bool gates() const { return !kNorm && epilogue.kind == kGate; }
+    HQ_MEMBER bool gates() const { return !kNorm && epilogue.gates(); }
     HQ_MEMBER bool ropes() const { return !kNorm && epilogue.kind == kRopeAndStore; }
     HQ_MEMBER int thread() const { return thread_y() * 32 + thread_x(); }
     HQ_MEMBER int column() const { return thread() % kColumns; }
@@ -132,7 +134,7 @@ template <int kTeams, int kColumns, bool kNorm> struct EpilogueThread {
         float* dst = results_of(column());
         if (gates()) {
             if (epilogue.bias) a += epilogue.bias[pair()], b += epilogue.bias[pair() + pairs()];
-            dst[pair()] = a = a / (1 + exp_(-a)) * b;
+            dst[pair()] = a = (epilogue.kind == kGate ? silu(a) : gelu(a)) * b;
             return;
         }
         if (epilogue.bias) a += epilogue.bias[row()], b += has_both() ? epilogue.bias[row() + 1] : 0;

@@ -63,7 +63,7 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Epilogue& epilogue) {
     HQ_SHARED BlockResults<kTeams, kColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights;
-    const int kind = kNorm ? kAddAndNorm : epilogue.kind == kGate ? kGate : kStore;  // as far as rows go
+    const int kind = kNorm ? kAddAndNorm : epilogue.gates() ? kGate : kStore;  // as far as rows go
     const int log2 = log2_share(units), share = 1 << log2, team = thread_y(), at_once = (kTeams >> log2) * kRows;
     const int to_block = epilogue.pairs_to_block, pairs = (p.nrows + 1) / 2;
     const int skipped = (int)block_y() * kColumns, left = p.columns - skipped;

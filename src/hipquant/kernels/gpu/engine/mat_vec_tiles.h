@@ -84,7 +84,7 @@ HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Epilogue& epilogue) {
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, steps = (units + 3) / 4;
     const int team = thread_y(), lane = thread_x(), thread = team * 32 + lane, pairs = (p.nrows + 1) / 2;
-    const int kind = kNorm ? kAddAndNorm : epilogue.kind == kGate ? kGate : kStore;  // as far as rows go
+    const int kind = kNorm ? kAddAndNorm : epilogue.gates() ? kGate : kStore;  // as far as rows go
     const int to_block = epilogue.pairs_to_block, begin = (int)block_x() * to_block;
     TileProduct<Q> product;
     product.begin_rows(p, units, kind, begin, 0);

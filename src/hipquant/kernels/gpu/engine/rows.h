@@ -25,6 +25,10 @@ template <int kLanes> HQ_INLINE float group_max(float v) {
     return v;
 }
 
+HQ_INLINE float silu(float v) { return v / (1 + exp_(-v)); }
+// In its tanh form: v / 2 (1 + tanh t) is v / (1 + e^-2t), where t is sqrt(2 / pi) (v + 0.044715 v^3).
+HQ_INLINE float gelu(float v) { return v / (1 + exp_(-2 * v * (0.797884560802865f + 0.0356774081363f * v * v))); }
+
 // kValues values from value i of a column on, a multiple of kValues, to the column's planes (planes.h), which take
 // n_padded values: 32 / kValues neighbouring lanes make a block of 32 with one d. All lanes of the team take part;
 // `inside` says whether the lane's values belong to the column.
