@@ -14,7 +14,7 @@ from hipquant.models import gpu_weights
 from reference import nmse
 from simulated_gpu import SimulatedGpu, simulated_gpu
 
-NAMES = ("qwen2", "qwen3", "phi2", "phi2_fused", "phi3_long", "gemma2", "gemma3")
+NAMES = ("qwen2", "qwen3", "mixtral", "qwen3moe", "phi2", "phi2_fused", "phi3_long", "gemma2", "gemma3")
 LIMITS = {"F32": 1e-6, "Q8_0": 1e-3}  # NMSE; with float weights only keys and values are rounded, alike
 LONG = 45  # tokens: more than the windows of the models
 
@@ -54,6 +54,8 @@ def test_logits_are_the_cpus(name: str, kind: str, gpu: SimulatedGpu, tmp_path: 
         ("phi2", {"attn_q": "F16", "ffn_down": "F32"}),
         ("phi3_long", {"attn_qkv": "F32"}),
         ("gemma2", {"ffn_gate": "F16", "attn_output": "BF16"}),
+        ("mixtral", {"ffn_gate_exps": "F16", "ffn_gate_inp": "Q8_0"}),
+        ("mixtral", {"ffn_down_exps": "F32"}),
     ],
 )
 def test_matrices_of_different_types(name: str, types: dict[str, str], gpu: SimulatedGpu, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are 
 MAX_GRID_Y = 65535
 PACK_ROWS = 16  # rows that the engine's packed weights interleave
 CACHE_TYPES = ("f16", "q8_0")  # of the KV cache on a GPU
+EXPERT_BATCHES = (1, 8)  # columns of one expert that the mul_mat_vec_experts kernels are compiled for
 QUANTIZE_PART = 4096  # weights of a block of the grid of quantize_weights
 
 
@@ -498,6 +499,53 @@ def _gpu_engine() -> Iterator[Kernel]:
                 t,
                 b,
             )
+    yield from _gpu_experts(kernel)
+
+
+def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
+    """Of a mixture of experts on GPUs: the weights of all experts are one matrix, of n_expert times `nrows_x` rows.
+
+    `groups` of at most as many columns as a kernel is compiled for have an expert each; a column is row `token` of the
+    activations, or its own. A token has `n_used` experts; `column` finds what they give for it.
+    """
+    yield kernel(
+        "choose_experts_q8",
+        "const float* logits, int* experts, float* weights, int* groups, int* token, int n_expert, int n_used",
+        (128, 1, 1),
+        lambda ntokens: (ntokens, 1, 1),
+    )
+    yield kernel(
+        "sort_experts_q8",
+        "const int* experts, int* groups, int* token, int* column, int n_used, int ntokens, int ngroups",
+        (512, 1, 1),
+        lambda: (1, 1, 1),
+    )
+    yield kernel(
+        "add_experts_q8",
+        "const float* x, const float* weights, const int* column, float* dst, int n, int n_used",
+        (256, 1, 1),
+        lambda n, ntokens: (_ceil(n, 256), ntokens, 1),
+    )
+    for t in WEIGHT_TYPES + FLOAT_TYPES:
+        for b in EXPERT_BATCHES:
+            yield kernel(
+                f"mul_mat_vec_experts_{t.suffix}_{b}",
+                "const void* x, const void* y, const float* squares, float eps, int ncols_x, int nrows_x, int n_expert,"
+                " int n_padded, const int* groups, const int* token, float* dst, int first, int nrows_dst,"
+                " int epilogue, void* q, int n_padded_q",
+                (32, 8, 1),
+                lambda nrows, groups: (_ceil(nrows, 64), groups, 1),
+                t,
+                b,
+            )
+        yield kernel(
+            f"mul_mat_vec_mixed_{t.suffix}",
+            "const void* x, const void* y, int ncols_x, int nrows_x, int n_expert, int n_used, int n_padded,"
+            " const int* experts, const float* weights, float* dst",
+            (32, 4, 1),
+            lambda nrows, ntokens: (_ceil(nrows, 8), ntokens, 1),
+            t,
+        )
 
 
 def rows_to_block(nrows: int, units: int, batch: int, gated: bool, processors: int) -> int:

@@ -18,7 +18,16 @@ from ..tokenizer import has_vocabulary
 from ..wiring import CACHE_TYPES
 from .model import Model
 
-SHARED = {"config", "cpu", "gpu", "gpu_weights", "layers", "model", "split"}  # every other module is an architecture
+SHARED = {
+    "config",
+    "cpu",
+    "gpu",
+    "gpu_experts",
+    "gpu_weights",
+    "layers",
+    "model",
+    "split",
+}  # every other module is an architecture
 ARCHITECTURES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED))
 DEFAULT_SEQUENCES = 4
 DEMO = Path(__file__).parent.parent / "demo" / "demo.gguf"

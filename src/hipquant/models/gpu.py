@@ -15,6 +15,7 @@ from ..driver import Buffer, gpu
 from ..errors import OutOfDeviceMemoryError
 from ..quants import FLOAT_TYPES, UNIT, activation_bytes, padded, plane_units
 from ..sampling import SAMPLES, STATE_WORDS, work_words
+from .gpu_experts import Mixture, mixture_parts
 from .gpu_weights import Activations, Epilogue, EpilogueKind, GpuWeights, Products, aligned, bytes_there
 from .layers import INPUT_BYTES, MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Sizes, last_layers
 
@@ -32,7 +33,8 @@ class GpuBlocks(Blocks[Products]):
     In a short pass a layer takes five launches where the types of its queries, keys and values, and of its gate and up
     matrices, agree: QKV with RoPE and the cache, attention, output with residual and norm, gate and up with SiLU, down
     with residual and the next norm. RoPE and the cache take another one where queries or keys are normed, or the cache
-    is not halves. A long pass takes ten.
+    is not halves. A long pass takes ten. With experts a short pass takes eight: the router, their choice and the next
+    norm are launches of their own.
     """
 
     device_sampling = True
@@ -86,6 +88,8 @@ class GpuBlocks(Blocks[Products]):
         assert output is not None
         self.unembedding = weights.products(s.n_embd, output)
         self._branch: Callable[[Epilogue], None] | None = None
+        self._fused = False  # whether what makes the branch can add it and norm
+        self.mixture = Mixture(self.kernels, s, parts) if s.n_expert else None
         self._post_norm: Buffer | None = None  # of the branch
 
     @staticmethod
@@ -109,7 +113,7 @@ class GpuBlocks(Blocks[Products]):
             "x": 4 * CHUNK * s.n_embd,
             "branch": 4 * CHUNK * s.n_embd,
             "qkv": 4 * CHUNK * (s.n_head + 2 * s.n_head_kv) * s.head_dim,
-            "gate_up": 8 * CHUNK * s.n_ff,
+            "gate_up": 8 * CHUNK * max(1, s.n_expert_used) * s.n_ff,
             "partial": 4 * splits * s.n_head * (s.head_dim + 2),
             "squares": 4 * MAX_CAPTURED * -(-s.n_embd // 32),
             "counters": 4 * MAX_CAPTURED * s.n_head_kv,
@@ -121,9 +125,10 @@ class GpuBlocks(Blocks[Products]):
         if s.local_rope is not None:
             parts["local rope"] = 4 * n_context * s.local_rope.n_rot
         for name, k in self._activations(s):
-            parts[f"{name}, planes"] = CHUNK * activation_bytes(padded(k))
-            parts[f"{name}, floats"] = 4 * CHUNK * padded(k)
-        return parts
+            columns = CHUNK * max(1, s.n_expert_used) if name == "gated" else CHUNK
+            parts[f"{name}, planes"] = columns * activation_bytes(padded(k))
+            parts[f"{name}, floats"] = 4 * columns * padded(k)
+        return parts | (mixture_parts(s, CHUNK) if s.n_expert else {})
 
     def _splits(self, s: Sizes, n: int) -> int:
         """Into how many parts the positions of a sequence are split in a short pass, to keep all units busy."""
@@ -183,7 +188,7 @@ class GpuBlocks(Blocks[Products]):
         """The last branch is added to the residual stream, and normed for the products that come next."""
         s, x = self.sizes, self.normed
         floats, planes = products.wants(x, *beside)
-        if self._branch is not None and n <= MAX_CAPTURED and not s.layer_norm and self._post_norm is None:
+        if self._branch is not None and self._fused:
             x.squares = self.squares
             norm = weight, floats, planes, self.squares, x.n_padded
             self._branch(Epilogue(EpilogueKind.ADD_AND_NORM, s.n_embd, norm=norm))
@@ -226,6 +231,7 @@ class GpuBlocks(Blocks[Products]):
                 products.many(x, self.branch, n)
 
         self._branch, self._post_norm = launch, post_norm
+        self._fused = n <= MAX_CAPTURED and not self.sizes.layer_norm and post_norm is None
 
     def attention(self, layer: Layer[Products], i: int, n: int) -> None:
         s = self.sizes
@@ -291,6 +297,11 @@ class GpuBlocks(Blocks[Products]):
 
     def feed_forward(self, layer: Layer[Products], n: int) -> None:
         s, x = self.sizes, self.gated
+        if self.mixture is not None and layer.ffn_norm is not None and layer.router is not None:
+            self._norm(layer.ffn_norm, n, layer.gate_up, layer.router)
+            self.mixture(layer, self.normed, x, n, self.branch)
+            self._branch, self._post_norm, self._fused = (lambda _: None), None, False
+            return
         if layer.ffn_norm is not None:
             self._norm(layer.ffn_norm, n, layer.gate_up)
         elif (branch := self._added_branch(layer.attn_norm, n)) is not None:

@@ -85,6 +85,15 @@ class Run:
 
 
 @dataclass
+class ExpertColumns:
+    """Columns of a pass by expert: groups of at most `batch` of them."""
+
+    groups: Buffer
+    n_groups: int
+    batch: int
+
+
+@dataclass
 class Products:
     """Matrices on the same k activations, as one with `rows` rows: launched as few times as their types allow."""
 
@@ -92,6 +101,7 @@ class Products:
     k: int
     runs: list[Run]
     bias: Buffer | None
+    experts: int = 0  # how many such matrices there are, one an expert, all in one; 0: it is a matrix
     rows: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +131,27 @@ class Products:
         if self.bias is not None:
             add = wiring.kernel("add_bias_rows_f32")
             self.kernels(add, add.grid(n=self.rows, rows=n), dst, self.bias, self.rows, self.rows)
+
+    def of_experts(
+        self, x: Activations, dst: Buffer, columns: ExpertColumns, token: Buffer | None, epilogue: Epilogue
+    ) -> None:
+        """Columns of x, those of `token` or all, times the weights of their experts."""
+        stride = epilogue.stride or self.rows
+        for run in self.runs:
+            product = wiring.find("mul_mat_vec_experts", run.type, batch=columns.batch)
+            grid = product.grid(nrows=run.rows, groups=columns.n_groups)
+            sizes = self.k, run.rows, self.experts, x.n_padded
+            to = dst, run.at, stride, int(epilogue.kind), *epilogue.gate
+            self.kernels(product, grid, run.weights, x.of(run.quantized, 0), x.squares_of(0), x.eps, *sizes,
+                         columns.groups, token, *to)  # fmt: skip
+
+    def mixed(self, x: Activations, dst: Buffer, n: int, used: int, experts: Buffer, weights: Buffer) -> None:
+        """dst[n][rows] = the products of `used` columns of x for each token, weighted and added. One run."""
+        (run,) = self.runs
+        product = wiring.find("mul_mat_vec_mixed", run.type)
+        sizes = self.k, run.rows, self.experts, used, x.n_padded
+        grid = product.grid(nrows=run.rows, ntokens=n)
+        self.kernels(product, grid, run.weights, x.of(run.quantized, 0), *sizes, experts, weights, dst)
 
     def _mat_vec(
         self, run: Run, x: Activations, dst: Buffer, n: int, first: int, epilogue: Epilogue, bias: bool = True
@@ -185,7 +216,16 @@ class GpuWeights(Weights[Products]):
         return Products(self.kernels, k, runs, self._biases(matrices))
 
     def experts(self, k: int, used: int, *matrices: Matrix) -> Products:
-        self.file.fail("mixtures of experts run on the CPU so far; load the model with the device cpu")
+        """Those of one expert lie side by side where their types agree."""
+        runs: list[Run] = []
+        n, at = matrices[0].experts, 0
+        for alike in _alike([(m, self.info_of(m, k)) for m in matrices]):
+            type, rows = alike[0][1].type, sum(m.rows for m, _ in alike)
+            each = [(m._replace(first=e * m.rows), info) for e in range(n) for m, info in alike]
+            runs.append(Run(type, rows, at, self._upload(each)))
+            self.memory += used * rows * type.row_bytes(k)
+            at += rows
+        return Products(self.kernels, k, runs, None, n)
 
     def _biases(self, matrices: tuple[Matrix, ...]) -> Buffer | None:
         """One for all rows, 0 where a matrix has none; None if none has."""
