@@ -554,9 +554,9 @@ def rows_to_block(nrows: int, units: int, batch: int, gated: bool, processors: i
     2026-11-23)."""
     if gated or batch > 2:
         return 64 if gated else 32
-    share = 1 if units <= 32 else 2 if units <= 64 or 128 < units <= 192 else 4  # teams of 4 that have the same rows
-    at_once = 4 // share * (4 if batch == 1 else 2)
-    rows = _ceil(_ceil(nrows, 4 * processors), at_once) * at_once
+    needed, at_once = _ceil(nrows, 4 * processors), 16 if batch == 1 else 8
+    shares = (share for share in (1, 2, 4) if share == 1 or units > 16 * share)
+    rows = min(_ceil(needed, at_once // share) * at_once // share for share in shares)
     return rows if rows <= 48 else 16
 
 

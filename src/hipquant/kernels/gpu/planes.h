@@ -21,23 +21,23 @@
 
 constexpr int kUnitWeights = 64, kUnitHalf = 32;
 
-// One row of a matrix of `rows` rows in planes.
+// Row `first` + `row` of a matrix of `rows` rows in planes. Where `first` is the same for a whole block, addresses are a
+// base, of which there is one for each plane, and 32 bits.
 struct PlaneRow {
     uint8_t* x;  // of the matrix
-    uint32_t rows, units, row;
+    uint32_t rows, units, first, row;
 
-    // A piece of 16 bytes of kPieces. Where a row begins is opaque, or it is found anew for each of its loads.
+    // A piece of 16 bytes of kPieces.
     template <int kPieces> HQ_MEMBER uint8_t* piece(uint32_t u, int i) const {
-        return opaque(x + (uint64_t)row * kPieces * units * 16) + (uint64_t)u * 16 + (uint64_t)(i * units) * 16;
+        return x + ((uint64_t)first * kPieces + (uint32_t)i) * units * 16 + (row * kPieces * units + u) * 16;
     }
     // kSize bytes of a unit, where planes of kBefore bytes a unit come before.
     template <int kBefore, int kSize> HQ_MEMBER uint8_t* at(uint32_t u) const {
-        return opaque(x + (uint64_t)rows * units * kBefore + (uint64_t)row * units * kSize) + (uint64_t)u * kSize;
+        return x + ((uint64_t)rows * kBefore + (uint64_t)first * kSize) * units + (row * units + u) * kSize;
     }
     // The same of 4 units, which are a super-block: kSize bytes for all of them.
     template <int kBefore, int kSize> HQ_MEMBER uint8_t* at_super(uint32_t u) const {
-        const uint64_t begin = (uint64_t)rows * units * kBefore + (uint64_t)row * (units / 4) * kSize;
-        return opaque(x + begin) + (uint64_t)(u / 4) * kSize;
+        return x + ((uint64_t)rows * kBefore * 4 + (uint64_t)first * kSize) * (units / 4) + (row * units + u) / 4 * kSize;
     }
 };
 

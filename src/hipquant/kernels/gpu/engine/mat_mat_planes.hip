@@ -49,7 +49,7 @@ template <class P> struct ThreadUnit {
 
     HQ_MEMBER ThreadUnit(const Problem& p, int thread) {
         row = (uint32_t)thread / 2, side = (uint32_t)thread % 2, last = p.units - 1;
-        from = {const_cast<uint8_t*>(p.x), p.nrows, p.units, p.row(row)};
+        from = {const_cast<uint8_t*>(p.x), p.nrows, p.units, p.row(row), 0};
     }
     HQ_MEMBER void load(uint32_t pair) {
         const uint32_t u = 2 * pair + side;

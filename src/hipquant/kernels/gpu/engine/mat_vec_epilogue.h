@@ -32,14 +32,24 @@ struct Epilogue {
     HQ_MEMBER bool gates() const { return kind == kGate || kind == kGateGelu; }
 };
 
-// The row of the matrix that row r of a block is, whose first pair is `begin`: pairs are neighbours or, where they are
-// gated, `pairs` apart. Behind the last row it is repeated.
-HQ_INLINE uint32_t row_of_block(int kind, int begin, int r, int pairs, int nrows) {
-    const int pair = begin + r / 2, row = kind == kGate ? pair + (r % 2 ? pairs : 0) : 2 * pair + r % 2;
-    return (uint32_t)(row < nrows ? row : nrows - 1);
-}
+// The rows of a block whose first pair is `begin`, counted from its first one on: pairs are neighbours or, where they are
+// gated, half a matrix apart. Behind the last row of the matrix it is repeated.
+struct BlockRows {
+    uint32_t first, last, second, step;  // second: of a pair; step: from pair to pair
 
-// A block's results, rows as row_of_block() has them, and what follows.
+    HQ_MEMBER BlockRows(int kind, int begin, int nrows) {
+        const bool gated = kind == kGate;
+        first = (uint32_t)(gated ? begin : 2 * begin), last = (uint32_t)nrows - 1 - first;
+        second = gated ? (uint32_t)(nrows + 1) / 2 : 1, step = gated ? 1 : 2;
+    }
+    // The first or, `odd`, the second of a pair of the block.
+    HQ_MEMBER uint32_t row(int pair, int odd) const {
+        const uint32_t i = (uint32_t)pair * step + (odd ? second : 0);
+        return i < last ? i : last;
+    }
+};
+
+// A block's results, rows as BlockRows has them, and what follows.
 template <int kTeams, int kColumns> struct BlockResults {
     float v[64][kColumns], stored[32][kColumns], squares[kTeams];
 };

@@ -103,11 +103,11 @@ template <class W, int kRows> struct ExpertRows {
     // Rows `first` and on of a block whose first pair is `begin`.
     HQ_MEMBER void start(const Product& p, uint32_t matrix_rows, int expert, int kind, int begin, int first) {
         const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, lane = (uint32_t)thread_x();
-        const int pairs = (p.nrows + 1) / 2;
+        const BlockRows block(kind, begin, p.nrows);
+        const uint32_t from = (uint32_t)expert * (uint32_t)p.nrows + block.first;
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
-            const uint32_t row = row_of_block(kind, begin, first + r, pairs, p.nrows);
-            rows[r] = {(uint8_t*)p.x, matrix_rows, units, (uint32_t)expert * (uint32_t)p.nrows + row};
+            rows[r] = {(uint8_t*)p.x, matrix_rows, units, from, block.row(first / 2 + r / 2, r % 2)};
             ahead[r] = W::load(rows[r], lane < W::count(units) ? lane : W::count(units) - 1);
         }
     }

@@ -4,9 +4,12 @@
 #include "mat_vec_epilogue.h"
 #include "mat_vec_weights.h"
 
-// Log2 of the teams that share a group of rows: as many as have something to do.
-HQ_INLINE int log2_share(uint32_t units) {
-    return units <= 32 ? 0 : units <= 64 || (units > 128 && units <= 192) ? 1 : 2;
+// Log2 of the teams that share a group of rows, of which all teams of a block would take `at_once`: as few as can be, up
+// to four, with something to do for each team in `rows` rows.
+HQ_INLINE int log2_share(uint32_t units, int rows, int at_once) {
+    int log2 = 0;
+    while (log2 < 2 && units > 32u << log2 && rows % (at_once >> log2)) log2++;
+    return log2;
 }
 
 // Rows that share their columns, of which a thread takes units `lane`, `lane` + `lanes`, ... of `count`, loaded one in
@@ -16,13 +19,12 @@ template <class W, int kRows> struct Rows {
     uint32_t lane, lanes, count;
     typename W::Unit ahead[kRows];
 
-    // Rows `first` and on of the `last` + 1 of a block whose first pair is `begin`; behind, the last one again.
-    HQ_MEMBER void begin_rows(const Product& p, uint32_t units, int kind, int begin, int first, int last) {
-        const int pairs = (p.nrows + 1) / 2;
+    // Rows `first` and on of a block, the last one of the matrix again where it ends.
+    HQ_MEMBER void begin_rows(const Product& p, uint32_t units, const BlockRows& block, int first) {
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
-            const uint32_t row = row_of_block(kind, begin, first + r < last ? first + r : last, pairs, p.nrows);
-            rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, row};
+            const uint32_t row = kRows > 1 ? block.row(first / 2 + r / 2, r % 2) : block.row(first / 2, first % 2);
+            rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, block.first, row};
             ahead[r] = W::load(rows[r], lane < count ? lane : count - 1);
         }
     }
@@ -64,15 +66,17 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Epilogue& epilogue) {
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights;
     const int kind = kNorm ? kAddAndNorm : epilogue.gates() ? kGate : kStore;  // as far as rows go
-    const int log2 = log2_share(units), share = 1 << log2, team = thread_y(), at_once = (kTeams >> log2) * kRows;
-    const int to_block = epilogue.pairs_to_block, pairs = (p.nrows + 1) / 2;
+    const int to_block = epilogue.pairs_to_block, pairs = (p.nrows + 1) / 2, team = thread_y();
+    const int log2 = log2_share(units, 2 * to_block, kTeams * kRows), share = 1 << log2;
+    const int at_once = (kTeams >> log2) * kRows;
     const int skipped = (int)block_y() * kColumns, left = p.columns - skipped;
     const int columns = left < kColumns ? left : kColumns, begin = (int)block_x() * to_block;
     const int thread = team * 32 + thread_x(), c = thread % kColumns, at = thread / kColumns;
     Rows<W, kRows> weights;
     weights.lanes = 32u << log2, weights.lane = (uint32_t)((team & (share - 1)) * 32 + thread_x());
     weights.count = W::count(units);
-    weights.begin_rows(p, units, kind, begin, (team >> log2) * kRows, 2 * to_block - 1);
+    const BlockRows block(kind, begin, p.nrows);
+    weights.begin_rows(p, units, block, (team >> log2) * kRows);
     EpilogueThread<kTeams, kColumns, kNorm> behind{p, epilogue, skipped, columns, begin, to_block, 0, {}, {}, 0, 0};
     behind.load_constants();
     wait_for_inputs();
@@ -82,9 +86,13 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Epilogue& epilogue) {
         float acc[kRows * kColumns] = {};
         weights.template multiply<kColumns>(acc, p, skipped, columns);
         const int next = first + at_once;
-        if (next < 2 * to_block)
-            weights.begin_rows(p, units, kind, begin, next + (team >> log2) * kRows, 2 * to_block - 1);
+        if (next < 2 * to_block) weights.begin_rows(p, units, block, next + (team >> log2) * kRows);
         const int which = team_sums<kRows * kColumns>(acc);
+        if (share == 1) {
+            if (which >= 0) results.v[first + team * kRows + which % kRows][which / kRows] = acc[0];
+            if (begin + next / 2 >= pairs) break;
+            continue;
+        }
         if (which >= 0) partial[team][which] = acc[0];
         barrier();
         if (at < at_once) {

@@ -36,13 +36,12 @@ template <class Q> struct TileProduct {
         const uint32_t u = unit(step), last = rows[r].units - 1;
         ahead[r] = P::load(rows[r], u < last ? u : last);
     }
-    // Rows `first` and on of a block whose first pair is `begin`, 8 of them a lane's own apart.
-    HQ_MEMBER void begin_rows(const Product& p, uint32_t units, int kind, int begin, int first) {
-        const int lane = thread_x(), pairs = (p.nrows + 1) / 2;
+    // Rows `first` and on of a block, 8 of them a lane's own apart.
+    HQ_MEMBER void begin_rows(const Product& p, uint32_t units, const BlockRows& block, int first) {
+        const int own = first + thread_x() / 4;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-            const uint32_t row = row_of_block(kind, begin, first + 8 * r + lane / 4, pairs, p.nrows);
-            rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, row};
+            rows[r] = {(uint8_t*)p.x, (uint32_t)p.nrows, units, block.first, block.row(own / 2 + 4 * r, own % 2)};
             load(r, (uint32_t)thread_y());
         }
     }
@@ -87,7 +86,8 @@ HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Epilogue& epilogue) {
     const int kind = kNorm ? kAddAndNorm : epilogue.gates() ? kGate : kStore;  // as far as rows go
     const int to_block = epilogue.pairs_to_block, begin = (int)block_x() * to_block;
     TileProduct<Q> product;
-    product.begin_rows(p, units, kind, begin, 0);
+    const BlockRows block(kind, begin, p.nrows);
+    product.begin_rows(p, units, block, 0);
     EpilogueThread<kTileTeams, kTileColumns, kNorm> behind{p, epilogue, 0, p.columns, begin, to_block, 0, {}, {}, 0, 0};
     behind.load_constants();
     wait_for_inputs();
@@ -107,7 +107,7 @@ HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Epilogue& epilogue) {
         for (uint32_t step = (uint32_t)team; step < steps; step += kTileTeams)
             product.multiply(acc, y, scale, (uint32_t)p.n_padded / kUnitWeights, step, step + kTileTeams, steps);
         const int next = first + kTileRows;
-        if (next < 2 * to_block) product.begin_rows(p, units, kind, begin, next);
+        if (next < 2 * to_block) product.begin_rows(p, units, block, next);
 #pragma unroll
         for (int m = 0; m < 2; m++)
             for (int i = 0; i < 4; i++)

@@ -58,7 +58,8 @@ template <class F> struct FloatWeights {
     };
     HQ_INLINE uint32_t count(uint32_t units) { return 8 * units; }
     HQ_INLINE Unit load(const PlaneRow& row, uint32_t u) {
-        const uint8_t* from = row.x + ((uint64_t)row.row * row.units * 8 + u) * (4 * kWords);
+        const uint64_t begin = (uint64_t)row.first * row.units * 8;
+        const uint8_t* from = row.x + (begin + (row.row * row.units * 8 + u)) * (4 * kWords);
         Unit r;
 #pragma unroll
         for (int i = 0; i < kWords / 4; i++) r.w[i] = load_stream<16>(from + 16 * i);

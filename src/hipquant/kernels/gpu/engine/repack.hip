@@ -11,7 +11,7 @@ HQ_INLINE void repack(const void* x, void* planes, int ncols, int nrows, int fir
     if (row >= (uint32_t)nrows) return;
     const auto* blocks = (const typename Q::Block*)x + (uint64_t)row * (uint32_t)(ncols / Q::kBlock);
     const int halves = ncols - (int)u * kUnitWeights > kUnitHalf ? 2 : 1;
-    const PlaneRow to{(uint8_t*)planes, (uint32_t)nrows_planes, units, (uint32_t)first + row};
+    const PlaneRow to{(uint8_t*)planes, (uint32_t)nrows_planes, units, (uint32_t)first + row, 0};
     Q::Planes::store(to, u, Q::Planes::gather(blocks, u, halves));
 }
 
@@ -39,7 +39,7 @@ HQ_INLINE void get_rows_planes(const void* planes, const uint32_t* ids, float* d
     const uint32_t row = ids[block_x()];
     Float4 v{};
     if (row < (uint32_t)nrows) {
-        const auto unit = P::load(PlaneRow{(uint8_t*)planes, (uint32_t)nrows, units, row}, u);
+        const auto unit = P::load(PlaneRow{(uint8_t*)planes, (uint32_t)nrows, units, row, 0}, u);
 #pragma unroll
         for (uint32_t i = 0; i < 16; i++)
             if (i == word) v = weights<P>(unit, (int)i);

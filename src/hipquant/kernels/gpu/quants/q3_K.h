@@ -55,15 +55,16 @@ struct Q3_K {
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.d); }
     HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)(v.scales >> 16 * s & 0xFF) - 32.0f; }
 
-    // A unit is a quarter of a block: a piece of low bits, as q2_K.h has them; two words of third bits, each of 32
-    // weights: that of weight 4i + b is bit i of byte b; | scales 12 bytes | d | 0 | of the super-block, which 4 units
-    // share.
+    // A unit is a quarter of a block. Of the piece's word j, byte b has weight 4j + b in bits 0 to 2, weight 16 + 4j + b in
+    // bits 3 to 5, and the upper two bits of weight 48 + 4j + b. Two words more: word j has weight 32 + 8j + b in bits 0
+    // to 2, weight 36 + 8j + b in bits 3 to 5, and in bits 6 and 7 the lowest bits of weights 48 + 8j + b and
+    // 52 + 8j + b. | scales 12 bytes | d | 0 | are of the super-block, which 4 units share.
     struct Planes {
         static constexpr int kOffset = 4, kShift = 5, kSub = 16, kBytes = 112;
         static constexpr bool kMin = false;
         struct Unit {
-            Words<16> low, head;
-            Words<8> third;
+            Words<16> q, head;
+            Words<8> more;
             uint32_t scales;  // those of the unit, as int8
         };
         HQ_INLINE Unit load(const PlaneRow& r, uint32_t u) {
@@ -76,7 +77,7 @@ struct Q3_K {
                 (scales + 0x60606060) ^ 0x80808080};
         }
         HQ_INLINE void store(const PlaneRow& r, uint32_t u, const Unit& v) {
-            store_vector<16>(r.piece<1>(u, 0), v.low), store_vector<8>(r.at<16, 8>(u), v.third);
+            store_vector<16>(r.piece<1>(u, 0), v.q), store_vector<8>(r.at<16, 8>(u), v.more);
             if (u % 4 == 0) store_vector<16>(r.at_super<24, 16>(u), v.head);
         }
         HQ_INLINE Unit gather(const Block* blocks, uint32_t u, int) {
@@ -85,20 +86,22 @@ struct Q3_K {
 #pragma unroll
             for (int i = 0; i < 16; i++) {
                 const uint32_t q = (Q3_K::word(b, 16 * (int)(u % 4) + i) ^ 0x80808080) >> 5 & 0x07070707;
-                r.low.w[i % 4] |= ((i < 4 ? q : q >> 1) & 0x03030303) << 2 * (i / 4);
-                r.third.w[i / 8] |= move_bits(q, i < 4 ? 2 : 0, i % 8);
+                if (i < 8) r.q.w[i % 4] |= q << 3 * (i / 4);
+                else if (i < 12) r.more.w[i / 2 % 2] |= q << 3 * (i % 2);
+                else r.q.w[i % 4] |= (q & 0x06060606) << 5, r.more.w[i / 2 % 2] |= move_bits(q, 0, 6 + i % 2);
             }
-            r.low = flipped(r.low);
+            r.q = flipped(r.q);
             r.head = {load4(b.scales), load4(b.scales + 4), load4(b.scales + 8), b.d};
             return r;
         }
-        // The first quarter has its low two bits at the bottom and the third above; the others the upper two bits in place
-        // and the lowest below: 2, 8 and 32 times as much, the last ones less 4.
-        HQ_INLINE constexpr int place(int g) { return g ? 2 * g - 1 : 0; }
+        // All bits stay in place but those of two words; the last quarter is 32 times as much, less 4.
+        HQ_INLINE constexpr int place(int g) { return g == 1 ? 3 : g == 3 ? 5 : 0; }
         HQ_INLINE constexpr int centre(int g) { return g == 3 ? 4 : 0; }
         HQ_INLINE uint32_t placed(const Unit& v, int i) {
-            const int g = i / 4;
-            return (v.low.w[i % 4] & 0x03030303u << 2 * g) | move_bits(v.third.w[i / 8], i % 8, g ? 2 * g - 1 : 2);
+            const uint32_t q = v.q.w[i % 4], more = v.more.w[i / 2 % 2];
+            if (i < 8) return q & 0x07070707u << 3 * (i / 4);
+            if (i < 12) return more >> 3 * (i % 2) & 0x07070707;
+            return (q & 0xC0C0C0C0) | move_bits(more, 6 + i % 2, 5);
         }
         HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<3>(placed(v, i), place(i / 4), centre(i / 4)); }
         HQ_INLINE float d(const Unit& v) { return half_to_float(v.head.w[3]); }
