@@ -1,4 +1,4 @@
-"""`mul_mat_vec_planes_*` and `mul_mat_vec_norm_*`: weights in planes times up to 8 columns, and what becomes of that.
+"""`mul_mat_vec_{planes,norm,gate}_*`: weights in planes times up to 8 columns, and what becomes of that.
 
 The kernels are simulated under AddressSanitizer and UBSan, against float64 on the weights and activations as they were
 quantized. Where AMD_EMULATOR names a checkout of tinygrad, its emulator executes the machine code of four AMD targets
@@ -7,6 +7,7 @@ as well.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -186,12 +187,17 @@ class Product:
         """Launches `mul_mat_vec_planes_*`; the columns of `dst` are its rows."""
         shape = self.shape
         row = wiring.find("mul_mat_vec_planes", self.kind, batch=shape.batch)
-        to_block = wiring.rows_to_block(
-            shape.rows, plane_units(self.k), shape.batch, epilogue in (Epilogue.GATE, Epilogue.GATE_GELU), 1
-        )
+        gated, units = epilogue in (Epilogue.GATE, Epilogue.GATE_GELU), plane_units(self.k)
+        to_block = wiring.rows_to_block(self.kind, shape.rows, units, shape.batch, gated, 1)
         grid = row.grid(nrows=shape.rows, ncols=shape.columns, rows_to_block=to_block)
         to = self.first, dst.shape[1], int(epilogue), to_block
         self.backend.launch(row, grid, (*self._product(dst), *to, *planes, *rope))
+
+    def gate(self, dst: Floats, epilogue: Epilogue, planes: Params) -> None:
+        """The same by `mul_mat_vec_gate_*`, which is for one column."""
+        row = wiring.find("mul_mat_vec_gate", self.kind, batch=1)
+        to = dst.shape[1], int(epilogue), *planes
+        self.backend.launch(row, row.grid(nrows=self.shape.rows), (*self._product(dst), *to))
 
     def add_and_norm(self, x: Floats, weight: Floats, outputs: Params) -> None:
         """Launches `mul_mat_vec_norm_*`, which adds to the columns of `x`; outputs: normed, q, sums, n_padded_q."""
@@ -212,7 +218,8 @@ class Product:
         return dst[:, self.first : self.first + rows]
 
 
-# A unit that is half empty, an odd number of blocks, and one to four teams that share rows of up to 196 units.
+# A unit that is half empty, an odd number of blocks, one to four teams that share rows of up to 196 units, and as many
+# rows as a block may have.
 SHAPES = [
     (1, 1, 33, 32, True, False),
     (2, 1, 70, 96, False, True),
@@ -225,6 +232,7 @@ SHAPES = [
     (8, 7, 3, 4096 + 256, False, False),
     (2, 2, 5, 11008, True, False),
     (1, 1, 6, 12544, False, True),
+    (1, 1, 1009, 128, False, False),
 ]
 
 
@@ -337,6 +345,9 @@ GATE = [
     (Shape("BF16", 2, 1, 2 * 45, 96), ""),
     (Shape("F32", 1, 1, 2, 32, bias=True), "q"),
     (Shape("Q4_1", 1, 1, 2 * 352, 128), "q"),
+    (Shape("Q3_K", 1, 1, 2 * 33, 4352, squares=True), "q"),
+    (Shape("Q6_K", 1, 1, 2 * 32, 2304, bias=True), "q"),
+    (Shape("F16", 1, 1, 2 * 40, 160), "q"),
 ]
 
 
@@ -346,10 +357,11 @@ def test_gate(runner: Runner, rng: np.random.Generator, shape: Shape, which: str
     """SiLU or GELU (tanh form) of the first half of the rows times the second half, as floats and in planes."""
     product, n, columns = Product(runner, rng, shape), shape.rows // 2, shape.columns
     gate, up = product.expected[:, :n], product.expected[:, n:]
-    for n_padded in {padded(n, UNIT), padded(n)}:
+    launches = [product.run, product.gate] if shape.batch == 1 else [product.run]
+    for n_padded, run in itertools.product({padded(n, UNIT), padded(n)}, launches):
         dst = poison(columns, n_padded)
         q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
-        product.run(dst, kind, (q if which else NULL, n_padded))
+        run(dst, kind, (q if which else NULL, n_padded))
         with np.errstate(over="ignore"):
             gelu = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
             activated = gate / (1 + np.exp(-gate)) if kind == Epilogue.GATE else gelu

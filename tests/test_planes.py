@@ -70,21 +70,12 @@ def sections(kind: QuantType, planes: Raw, rows: int, units: int) -> list[Raw]:
     return [first.swapaxes(1, 2).reshape(rows, units, -1), *others]
 
 
-def bits_of(words: Raw) -> Raw:
-    """From words of a bit for each of 32 weights, that of weight 4i + b in bit i of byte b: [..., 32 for each word]."""
-    bits = np.unpackbits(words, axis=-1, bitorder="little").reshape(*words.shape[:-1], -1, 4, 8)
-    return bits.swapaxes(-1, -2).reshape(*words.shape[:-1], -1)
-
-
-def fives_of(pieces: Raw, words: Raw, high: npt.NDArray[np.bool_]) -> Raw:
-    """From nibbles and a bit for each of 64 weights, those of 5 bits: where `high`, the bit is the lowest, else the
-    fifth. Bit i of a word is in bit (i + 4) % 8 of its bytes."""
-    bits = np.roll(bits_of(words).reshape(*words.shape[:-1], -1, 8, 4), 4, axis=-2).reshape(*words.shape[:-1], -1)
-    low, up = pieces & 15, pieces >> 4 ^ 8
-    nibbles = np.concatenate([low, up], axis=-1)
-    if not high[32:].all():  # halves of 32 weights, each with 16 low and 16 high nibbles
-        nibbles = np.concatenate([low[..., :16], up[..., :16], low[..., 16:], up[..., 16:]], axis=-1)
-    return np.where(high, nibbles << 1 | bits, bits << 4 | nibbles)
+def fives_of(pieces: Raw, others: Raw) -> Raw:
+    """From a byte for each pair of 64 weights, and two bits for each second one of a pair: [..., first or second,
+    half, 16]. Word j of `others` has in bits 2i, 2i + 1 of byte b those of pair 16j + 4i + b."""
+    words = others.reshape(*others.shape[:-1], 2, 1, 4) >> 2 * np.arange(4, dtype=np.uint8)[:, None] & 3
+    upper = (pieces >> 5 ^ 4) << 2 | words.reshape(pieces.shape)
+    return np.stack([pieces & 31, upper], axis=-2).reshape(*pieces.shape[:-1], 2, 2, 16)
 
 
 def pairs_of(piece: Raw) -> Raw:
@@ -108,7 +99,7 @@ def blocks_of_32(kind: QuantType, parts: list[Raw]) -> Raw:
         quants = halved(parts[0]) ^ (0 if kind.name == "Q8_0" else 0x80)
         return np.concatenate([halved(parts[1]), quants], axis=-1)
     fifth, scales = (parts[1], parts[2]) if kind.name == "Q5_0" else np.split(parts[1], 2, axis=-1)
-    fives = halved(fives_of(parts[0], fifth, np.arange(64) % 32 >= 16))
+    fives = halved(fives_of(parts[0], fifth).swapaxes(-2, -3).reshape(rows, -1, 64))
     high = np.packbits(fives >> 4, axis=-1, bitorder="little")
     return np.concatenate([halved(scales), high, together(fives.reshape(*fives.shape[:-1], 2, 16) & 15, 4)], axis=-1)
 
@@ -130,19 +121,21 @@ def super_blocks(kind: QuantType, parts: list[Raw]) -> Raw:
         quants = together(weights(pairs_of(parts[0] ^ 0x80), 2, 4, 32), 2)
         return np.concatenate([joined(parts[1]), bytes_of(quants), head], axis=-1)
     if kind.name == "Q3_K":
-        two, one = pairs_of(parts[0] ^ 0x80), bits_of(parts[1])
-        quants = np.where(np.arange(64) < 16, one << 2 | two, two << 1 | one)
+        piece, more = parts[0] ^ 0x80, parts[1].reshape(*parts[1].shape[:-1], 2, 4)
+        third = np.stack([more & 7, more >> 3 & 7], axis=-2).reshape(piece.shape)
+        last = piece >> 6 << 1 | np.stack([more >> 6 & 1, more >> 7], axis=-2).reshape(piece.shape)
+        quants = np.concatenate([piece & 7, piece >> 3 & 7, third, last], axis=-1)
         low, third = together(weights(quants & 3, 2, 4, 32), 2), together(weights(quants >> 2, 8, 32), 1)
         return np.concatenate([third, bytes_of(low), head[..., :14]], axis=-1)
     if kind.name == "Q4_K":
         return np.concatenate([head, joined(parts[0] ^ 0x80)], axis=-1)
     if kind.name == "Q5_K":
-        fives = fives_of(parts[0], parts[1], np.arange(64) >= 32)
+        fives = fives_of(parts[0], parts[1])
         low, fifth = together(weights(fives & 15, 4, 2, 32), 4), together(weights(fives >> 4, 8, 32), 1)
         return np.concatenate([head, fifth, bytes_of(low)], axis=-1)
-    nibbles, pairs = parts[0][..., :32] ^ 0x80, parts[0][..., 32:]
-    two = np.concatenate([pairs >> n & 3 for n in (4, 6, 2, 0)], axis=-1)
-    sixes = np.concatenate([two[..., :32] << 4 | nibbles & 15, nibbles >> 4 << 2 | two[..., 32:]], axis=-1)
+    first, second, third = np.split(parts[0], 3, axis=-1)
+    last = (first >> 6 ^ 2) << 4 | second >> 6 << 2 | third >> 6
+    sixes = np.concatenate([parts[0] & 63, last], axis=-1)
     low, high = weights(sixes & 15, 2, 2, 64), weights(sixes >> 4, 2, 4, 32)  # half, nibble or two bits, place
     return np.concatenate([bytes_of(together(low, 4)), bytes_of(together(high, 2)), joined(parts[1]), head], axis=-1)
 

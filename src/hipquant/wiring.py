@@ -499,6 +499,14 @@ def _gpu_engine() -> Iterator[Kernel]:
                 t,
                 b,
             )
+        yield kernel(
+            f"mul_mat_vec_gate_{t.suffix}_1",
+            f"{product}, int nrows_dst, int epilogue, void* q, int n_padded_q",
+            (32, 8, 1),
+            lambda nrows: (_ceil(nrows, 64), 1, 1),
+            t,
+            1,
+        )
     yield from _gpu_experts(kernel)
 
 
@@ -548,16 +556,18 @@ def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
         )
 
 
-def rows_to_block(nrows: int, units: int, batch: int, gated: bool, processors: int) -> int:
+GATE_BLOCKS = 3  # of `mul_mat_vec_gate_*` on a processor; where there are more, `mul_mat_vec_planes_*` is faster
+
+
+def rows_to_block(t: QuantType, nrows: int, units: int, batch: int, gated: bool, processors: int) -> int:
     """Rows that a block of `mul_mat_vec_planes_*` shall take: where they are gated, those that make 32 activations; of
-    few columns, so many that four blocks a processor take them all, or 16 if that would be more than 48 (H200,
-    2026-11-23)."""
+    few columns, so many that the places of the blocks on the processors are busy to the end; a block takes the time
+    of about 4 rows to begin (H200, 2026-11-23)."""
     if gated or batch > 2:
         return 64 if gated else 32
-    needed, at_once = _ceil(nrows, 4 * processors), 16 if batch == 1 else 8
-    shares = (share for share in (1, 2, 4) if share == 1 or units > 16 * share)
-    rows = min(_ceil(needed, at_once // share) * at_once // share for share in shares)
-    return rows if rows <= 48 else 16
+    at_once = (16 if batch == 1 else 8) // (1 if units <= 32 else 2 if units <= 64 else 4)  # of teams that share rows
+    places = processors * (5 if batch == 1 and t.name in ("Q4_0", "Q4_1", "Q2_K") else 4)  # as in mat_vec_planes.hip
+    return min(range(at_once, 129, at_once), key=lambda rows: _ceil(_ceil(nrows, rows), places) * (rows + 4))
 
 
 COMPATIBILITY: tuple[Kernel, ...] = (

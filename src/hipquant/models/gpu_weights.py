@@ -163,9 +163,15 @@ class Products:
             kernel = wiring.find("mul_mat_vec_norm", run.type, batch=batch)
             self.kernels(kernel, kernel.grid(nrows=run.rows), *product, stride, *epilogue.norm)
             return
-        kernel = wiring.find("mul_mat_vec_planes", run.type, batch=batch)
         gated = epilogue.kind in (EpilogueKind.GATE, EpilogueKind.GATE_GELU)
-        rows = wiring.rows_to_block(run.rows, plane_units(self.k), batch, gated, self.processors)
+        if gated and n == 1:
+            kernel = wiring.find("mul_mat_vec_gate", run.type, batch=1)
+            grid = kernel.grid(nrows=run.rows)
+            if grid[0] <= wiring.GATE_BLOCKS * self.processors:
+                self.kernels(kernel, grid, *product, stride, int(epilogue.kind), *epilogue.gate)
+                return
+        kernel = wiring.find("mul_mat_vec_planes", run.type, batch=batch)
+        rows = wiring.rows_to_block(run.type, run.rows, plane_units(self.k), batch, gated, self.processors)
         grid = kernel.grid(nrows=run.rows, ncols=n, rows_to_block=rows)
         to = run.at, stride, int(epilogue.kind), rows, *epilogue.gate, *epilogue.rope
         self.kernels(kernel, grid, *product, *to)

@@ -21,8 +21,8 @@
 
 constexpr int kUnitWeights = 64, kUnitHalf = 32;
 
-// Row `first` + `row` of a matrix of `rows` rows in planes. Where `first` is the same for a whole block, addresses are a
-// base, of which there is one for each plane, and 32 bits.
+// Row `first` + `row` of a matrix of `rows` rows in planes. Where `first` is the same for a whole block, addresses are
+// a base, of which there is one for each plane, and 32 bits.
 struct PlaneRow {
     uint8_t* x;  // of the matrix
     uint32_t rows, units, first, row;
@@ -37,7 +37,8 @@ struct PlaneRow {
     }
     // The same of 4 units, which are a super-block: kSize bytes for all of them.
     template <int kBefore, int kSize> HQ_MEMBER uint8_t* at_super(uint32_t u) const {
-        return x + ((uint64_t)rows * kBefore * 4 + (uint64_t)first * kSize) * (units / 4) + (row * units + u) / 4 * kSize;
+        return x + ((uint64_t)rows * kBefore * 4 + (uint64_t)first * kSize) * (units / 4) +
+               (row * units + u) / 4 * kSize;
     }
 };
 
@@ -68,9 +69,9 @@ template <int N> HQ_INLINE Words<N> load_halves(const void* p) {
     for (int i = 0; i < N / 4; i++) r.w[i] = load4((const uint8_t*)p + 4 * i);
     return r;
 }
-// Bit `from` of each byte of v, as bit `to` of each byte.
-HQ_INLINE uint32_t move_bits(uint32_t v, int from, int to) {
-    return (from > to ? v >> (from - to) : v << (to - from)) & 0x01010101u << to;
+// Bits `from` and on of each byte of v, kBits of them, as bits `to` and on of each byte.
+template <int kBits = 1> HQ_INLINE uint32_t move_bits(uint32_t v, int from, int to) {
+    return (from > to ? v >> (from - to) : v << (to - from)) & ((1 << kBits) - 1) * 0x01010101u << to;
 }
 
 // The topmost bit of each byte, flipped.
@@ -82,13 +83,14 @@ HQ_INLINE Words<16> flipped(Words<16> v) {
 template <int kBits> HQ_INLINE uint32_t unplaced(uint32_t placed, int place, int centre) {
     return (placed >> place & ((1 << kBits) - 1) * 0x01010101u) ^ (uint32_t)centre * 0x01010101u;
 }
-// Word i of quants of 5 bits: in low nibbles with the fifth bit apart, in high nibbles with the lowest apart.
-HQ_INLINE uint32_t placed_five(uint32_t nibbles, uint32_t bits, int i, bool high) {
-    return (nibbles & (high ? 0xF0F0F0F0 : 0x0F0F0F0F)) | move_bits(bits, (i + 4) % 8, high ? 3 : 4);
+// Quants of 5 bits: one is in bits 0 to 4 of a byte; of another one, the upper three bits are in bits 5 to 7, and the
+// others in bits 2i, 2i + 1 of a byte that four of them share.
+HQ_INLINE uint32_t placed_five(uint32_t q, uint32_t others, int i, bool upper) {
+    return upper ? (q & 0xE0E0E0E0) | move_bits<2>(others, 2 * (i % 4), 3) : q & 0x1F1F1F1F;
 }
-HQ_INLINE void put_five(uint32_t& nibbles, uint32_t& bits, uint32_t q, int i, bool high) {
-    nibbles |= high ? (q << 3 & 0xF0F0F0F0) ^ 0x80808080 : q & 0x0F0F0F0F;
-    bits |= move_bits(q, high ? 0 : 4, (i + 4) % 8);
+HQ_INLINE void put_five(uint32_t& q, uint32_t& others, uint32_t five, int i, bool upper) {
+    if (!upper) q |= five;
+    else q |= (five << 3 & 0xE0E0E0E0) ^ 0x80808080, others |= (five & 0x03030303) << 2 * (i % 4);
 }
 
 // Scale and minimum of weights 16g to 16g + 15 of a unit of type P.

@@ -12,6 +12,8 @@ struct Product {
 };
 
 enum EpilogueKind { kStore, kAddAndNorm, kGate, kRopeAndStore, kGateGelu };
+// What a kernel is compiled for: any kind but kAddAndNorm, that one, or those that gate.
+enum Form { kGeneral, kNormed, kGated };
 
 struct Epilogue {
     int kind;
@@ -30,10 +32,14 @@ struct Epilogue {
     int pairs_to_block;  // pairs of rows that a block takes: of those that become activations, what makes 32
 
     HQ_MEMBER bool gates() const { return kind == kGate || kind == kGateGelu; }
+    // Its kind, as far as rows go.
+    template <int kForm> HQ_MEMBER int rows_of() const {
+        return kForm == kNormed ? kAddAndNorm : kForm == kGated || gates() ? kGate : kStore;
+    }
 };
 
-// The rows of a block whose first pair is `begin`, counted from its first one on: pairs are neighbours or, where they are
-// gated, half a matrix apart. Behind the last row of the matrix it is repeated.
+// The rows of a block whose first pair is `begin`, counted from its first one on: pairs are neighbours or, where they
+// are gated, half a matrix apart. Behind the last row of the matrix it is repeated.
 struct BlockRows {
     uint32_t first, last, second, step;  // second: of a pair; step: from pair to pair
 
@@ -51,13 +57,14 @@ struct BlockRows {
 
 // A block's results, rows as BlockRows has them, and what follows.
 template <int kTeams, int kColumns> struct BlockResults {
-    float v[64][kColumns], stored[32][kColumns], squares[kTeams];
+    float v[kColumns <= 2 ? 128 : 64][kColumns], stored[32][kColumns], squares[kTeams];
 };
 
 // What a thread does behind the products, for a pair of rows and a column: of `columns` columns from `first_column` on
 // and `to_block` pairs from `begin` on. What that takes of memory is loaded ahead, as each wait for it would delay the
 // kernel behind; it is little, as it takes registers while the products are made.
-template <int kTeams, int kColumns, bool kNorm> struct EpilogueThread {
+template <int kTeams, int kColumns, int kForm> struct EpilogueThread {
+    static constexpr bool kNorm = kForm == kNormed;
     static_assert(kColumns <= kTeams, "a team takes a column");
     static constexpr int kLanes = kColumns == 1 ? 32 * kTeams : 32;  // to a column's sums of squares
     static constexpr int kAhead = kColumns == 1 ? 1 : 4;
@@ -67,8 +74,8 @@ template <int kTeams, int kColumns, bool kNorm> struct EpilogueThread {
     float weight, squares[kAhead], other[2];  // other: the residual stream, or cosine and sine
     int at, slot;                             // of the token, in the KV cache
 
-    HQ_MEMBER bool gates() const { return !kNorm && epilogue.gates(); }
-    HQ_MEMBER bool ropes() const { return !kNorm && epilogue.kind == kRopeAndStore; }
+    HQ_MEMBER bool gates() const { return kForm == kGated || (kForm == kGeneral && epilogue.gates()); }
+    HQ_MEMBER bool ropes() const { return kForm == kGeneral && epilogue.kind == kRopeAndStore; }
     HQ_MEMBER int thread() const { return thread_y() * 32 + thread_x(); }
     HQ_MEMBER int column() const { return thread() % kColumns; }
     HQ_MEMBER int pair() const { return begin + thread() / kColumns; }

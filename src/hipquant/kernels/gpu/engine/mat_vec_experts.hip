@@ -158,7 +158,7 @@ HQ_INLINE void mul_mat_vec_experts(
     const uint32_t matrix_rows = (uint32_t)n_expert * (uint32_t)p.nrows;
     ExpertRows<W, kRows> weights;
     weights.start(p, matrix_rows, group.expert, epilogue.kind, begin, team * kRows);
-    EpilogueThread<kExpertTeams, kColumns, false> behind{
+    EpilogueThread<kExpertTeams, kColumns, kGeneral> behind{
         p, epilogue, 0, group.columns, begin, kExpertPairs, 0, {}, {}, 0, 0};
     behind.load_constants();
     behind.load_inputs();

@@ -1,11 +1,12 @@
-// `mul_mat_vec_planes_*`: weights in planes times 1 to 8 columns of activations, and what follows (mat_vec_epilogue.h).
+// `mul_mat_vec_{planes,norm,gate}_*`: weights in planes times 1 to 8 columns of activations, and what follows
+// (mat_vec_epilogue.h).
 // One, two or four teams of a block share two or four rows; a lane takes a unit of each at a time, times all columns.
 #include "types.h"
 #include "mat_vec_epilogue.h"
 #include "mat_vec_weights.h"
 
-// Log2 of the teams that share a group of rows, of which all teams of a block would take `at_once`: as few as can be, up
-// to four, with something to do for each team in `rows` rows.
+// Log2 of the teams that share a group of rows, of which all teams of a block would take `at_once`: as few as can be,
+// up to four, with something to do for each team in `rows` rows.
 HQ_INLINE int log2_share(uint32_t units, int rows, int at_once) {
     int log2 = 0;
     while (log2 < 2 && units > 32u << log2 && rows % (at_once >> log2)) log2++;
@@ -49,23 +50,22 @@ template <class W, int kRows> struct Rows {
 };
 
 // Teams of a block: of what becomes 32 activations a row there are few blocks, and they shall be large.
-constexpr int teams_of(int columns, bool norm) { return columns > 2 ? 8 : norm ? 16 : 4; }
+constexpr int teams_of(int columns, Form form) { return columns > 2 || form == kGated ? 8 : form == kNormed ? 16 : 4; }
 // Rows that share the loads of their columns, as registers allow: on older CDNA, those of 16 teams leave each thread
-// 128.
-constexpr int rows_at_once(int columns, bool norm) {
-    const int rows = columns == 1 && kDotInstructions ? 4 : 2;
-    return norm && columns <= 2 && !kMatrixUnits ? rows / 2 : rows;
+// 128. Where there are few blocks, more teams are better than more rows of each.
+constexpr int rows_at_once(int columns, Form form) {
+    const int rows = columns == 1 && kDotInstructions && form != kGated ? 4 : 2;
+    return form == kNormed && columns <= 2 && !kMatrixUnits ? rows / 2 : rows;
 }
 // A block takes its rows in turns; the next turn's weights are on their way when the sums of one are put together.
-template <class W, int kColumns, bool kNorm>
+template <class W, int kColumns, Form kForm>
 HQ_INLINE void mul_mat_vec_planes(const Product& p, const Epilogue& epilogue) {
-    constexpr int kTeams = teams_of(kColumns, kNorm);
-    constexpr int kRows = rows_at_once(kColumns, kNorm);
+    constexpr int kTeams = teams_of(kColumns, kForm);
+    constexpr int kRows = rows_at_once(kColumns, kForm);
     HQ_SHARED float partial[kTeams][kRows * kColumns];
     HQ_SHARED BlockResults<kTeams, kColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights;
-    const int kind = kNorm ? kAddAndNorm : epilogue.gates() ? kGate : kStore;  // as far as rows go
     const int to_block = epilogue.pairs_to_block, pairs = (p.nrows + 1) / 2, team = thread_y();
     const int log2 = log2_share(units, 2 * to_block, kTeams * kRows), share = 1 << log2;
     const int at_once = (kTeams >> log2) * kRows;
@@ -75,9 +75,9 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Epilogue& epilogue) {
     Rows<W, kRows> weights;
     weights.lanes = 32u << log2, weights.lane = (uint32_t)((team & (share - 1)) * 32 + thread_x());
     weights.count = W::count(units);
-    const BlockRows block(kind, begin, p.nrows);
+    const BlockRows block(epilogue.rows_of<kForm>(), begin, p.nrows);
     weights.begin_rows(p, units, block, (team >> log2) * kRows);
-    EpilogueThread<kTeams, kColumns, kNorm> behind{p, epilogue, skipped, columns, begin, to_block, 0, {}, {}, 0, 0};
+    EpilogueThread<kTeams, kColumns, kForm> behind{p, epilogue, skipped, columns, begin, to_block, 0, {}, {}, 0, 0};
     behind.load_constants();
     wait_for_inputs();
     behind.load_inputs();
@@ -112,50 +112,62 @@ HQ_INLINE void mul_mat_vec_planes(const Product& p, const Epilogue& epilogue) {
 #include "mat_vec_tiles.h"
 #endif
 
-template <class Q, int kColumns, bool kNorm> HQ_INLINE void mul_quantized(const Product& p, const Epilogue& epilogue) {
+template <class Q, int kColumns, Form kForm> HQ_INLINE void mul_quantized(const Product& p, const Epilogue& epilogue) {
 #if HQ_HALF_MATRICES
-    if constexpr (kColumns > 2) return mul_mat_vec_tiles<Q, kColumns, kNorm>(p, epilogue);
+    if constexpr (kColumns > 2) return mul_mat_vec_tiles<Q, kColumns, kForm>(p, epilogue);
 #endif
-    mul_mat_vec_planes<QuantizedWeights<Q>, kColumns, kNorm>(p, epilogue);
+    mul_mat_vec_planes<QuantizedWeights<Q>, kColumns, kForm>(p, epilogue);
 }
-template <class F, int kColumns, bool kNorm> HQ_INLINE void mul_floats(const Product& p, const Epilogue& epilogue) {
-    mul_mat_vec_planes<FloatWeights<F>, kColumns, kNorm>(p, epilogue);
+template <class F, int kColumns, Form kForm> HQ_INLINE void mul_floats(const Product& p, const Epilogue& epilogue) {
+    mul_mat_vec_planes<FloatWeights<F>, kColumns, kForm>(p, epilogue);
 }
 
 template <class Q> constexpr int unit_bytes(typename Q::Planes* = nullptr) { return sizeof(typename Q::Planes::Unit); }
 template <class F> constexpr int unit_bytes(typename F::IsFloat* = nullptr) { return 64; }
 
-// Blocks that shall be resident on an NVIDIA multiprocessor (H200, 2026-11-22): registers for 16 teams, or for 20 where
-// they suffice; of many columns whose products are normed there is one block anyway.
-template <class W> constexpr int resident(int columns, bool norm) {
-    if (columns > 2) return norm ? 1 : 2;
-    return norm ? 1 : columns == 1 && unit_bytes<W>() > 32 && unit_bytes<W>() <= 40 ? 5 : 4;
+// Blocks that shall be resident on an NVIDIA multiprocessor (H200, 2026-11-23): registers for 16 teams, for 20 where
+// they suffice, for 24 of two rows; of many columns whose products are normed there is one block anyway. wiring.py
+// knows it, too.
+template <class W> constexpr int resident(int columns, Form form) {
+    if (form == kGated) return 3;
+    if (columns > 2) return form == kNormed ? 1 : 2;
+    return form == kNormed ? 1 : columns == 1 && unit_bytes<W>() <= 40 ? 5 : 4;
 }
-#define HQ_MAT_VEC_KERNEL(W, columns, norm) HQ_RESIDENT_KERNEL(32 * teams_of(columns, norm), resident<W>(columns, norm))
+#define HQ_MAT_VEC_KERNEL(W, columns, form) HQ_RESIDENT_KERNEL(32 * teams_of(columns, form), resident<W>(columns, form))
 #define HQ_ENTRY(suffix, multiply, W, columns)                                                                        \
-    HQ_MAT_VEC_KERNEL(W, columns, false)                                                                              \
+    HQ_MAT_VEC_KERNEL(W, columns, kGeneral)                                                                           \
     mul_mat_vec_planes_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps,            \
         int ncols_x, int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int first, int nrows_dst, \
         int epilogue, int rows_to_block, void* q, int n_padded_q, uint16_t* k_cache, uint16_t* v_cache,               \
         const float* rope, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_rot,  \
         int n_context) {                                                                                              \
-        multiply<W, columns, false>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                        \
+        multiply<W, columns, kGeneral>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                     \
             {epilogue, bias, dst, first, nrows_dst, nullptr, nullptr, (uint8_t*)q, nullptr, n_padded_q, k_cache,      \
                 v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context, rows_to_block / 2});    \
     }                                                                                                                 \
-    HQ_MAT_VEC_KERNEL(W, columns, true)                                                                               \
+    HQ_MAT_VEC_KERNEL(W, columns, kNormed)                                                                            \
     mul_mat_vec_norm_##suffix##_##columns(const void* x, const void* y, const float* squares, float eps, int ncols_x, \
         int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int nrows_dst, const float* weight,    \
         float* normed, void* q, float* sums, int n_padded_q) {                                                        \
-        multiply<W, columns, true>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                         \
+        multiply<W, columns, kNormed>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                      \
             {kAddAndNorm, bias, dst, 0, nrows_dst, weight, normed, (uint8_t*)q, sums, n_padded_q, nullptr, nullptr,   \
                 nullptr, nullptr, nullptr, 0, 0, 1, 0, 0, kUnitHalf / 2});                                            \
+    }
+#define HQ_GATE(suffix, multiply, W)                                                                                  \
+    HQ_MAT_VEC_KERNEL(W, 1, kGated)                                                                                   \
+    mul_mat_vec_gate_##suffix##_1(const void* x, const void* y, const float* squares, float eps, int ncols_x,         \
+        int nrows_x, int ncols_y, int n_padded, const float* bias, float* dst, int nrows_dst, int epilogue, void* q,  \
+        int n_padded_q) {                                                                                             \
+        multiply<W, 1, kGated>({x, y, squares, eps, ncols_x, nrows_x, ncols_y, n_padded},                             \
+            {epilogue, bias, dst, 0, nrows_dst, nullptr, nullptr, (uint8_t*)q, nullptr, n_padded_q, nullptr, nullptr, \
+                nullptr, nullptr, nullptr, 0, 0, 1, 0, 0, kUnitHalf});                                                \
     }
 #define HQ_ENTRIES(suffix, multiply, W) \
     HQ_ENTRY(suffix, multiply, W, 1)    \
     HQ_ENTRY(suffix, multiply, W, 2)    \
     HQ_ENTRY(suffix, multiply, W, 4)    \
-    HQ_ENTRY(suffix, multiply, W, 8)
+    HQ_ENTRY(suffix, multiply, W, 8)    \
+    HQ_GATE(suffix, multiply, W)
 #define HQ_QUANTIZED(suffix, Q) HQ_ENTRIES(suffix, mul_quantized, Q)
 HQ_PLANES(HQ_QUANTIZED)
 HQ_ENTRIES(f32, mul_floats, WordsF32)
@@ -163,5 +175,6 @@ HQ_ENTRIES(f16, mul_floats, WordsF16)
 HQ_ENTRIES(bf16, mul_floats, WordsBF16)
 #undef HQ_MAT_VEC_KERNEL
 #undef HQ_ENTRY
+#undef HQ_GATE
 #undef HQ_ENTRIES
 #undef HQ_QUANTIZED

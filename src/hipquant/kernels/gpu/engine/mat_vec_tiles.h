@@ -76,19 +76,18 @@ template <class Q> struct TileProduct {
 
 // kColumns is there for each kernel to have shared memory of its own. Inputs that are yet to be normed are multiplied
 // by 1 / rms first: a residual stream may be greater than halves are. Others become infinite from 4e6 on.
-template <class Q, int kColumns, bool kNorm>
+template <class Q, int kColumns, int kForm>
 HQ_INLINE void mul_mat_vec_tiles(const Product& p, const Epilogue& epilogue) {
     HQ_SHARED float partial[kTileTeams][kTileRows * kTileColumns];
     HQ_SHARED BlockResults<kTileTeams, kTileColumns> results;
     let_next_begin();
     const uint32_t units = (uint32_t)(p.ncols + kUnitWeights - 1) / kUnitWeights, steps = (units + 3) / 4;
     const int team = thread_y(), lane = thread_x(), thread = team * 32 + lane, pairs = (p.nrows + 1) / 2;
-    const int kind = kNorm ? kAddAndNorm : epilogue.gates() ? kGate : kStore;  // as far as rows go
     const int to_block = epilogue.pairs_to_block, begin = (int)block_x() * to_block;
     TileProduct<Q> product;
-    const BlockRows block(kind, begin, p.nrows);
+    const BlockRows block(epilogue.rows_of<kForm>(), begin, p.nrows);
     product.begin_rows(p, units, block, 0);
-    EpilogueThread<kTileTeams, kTileColumns, kNorm> behind{p, epilogue, 0, p.columns, begin, to_block, 0, {}, {}, 0, 0};
+    EpilogueThread<kTileTeams, kTileColumns, kForm> behind{p, epilogue, 0, p.columns, begin, to_block, 0, {}, {}, 0, 0};
     behind.load_constants();
     wait_for_inputs();
     behind.load_inputs();

@@ -55,10 +55,10 @@ struct Q3_K {
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.d); }
     HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)(v.scales >> 16 * s & 0xFF) - 32.0f; }
 
-    // A unit is a quarter of a block. Of the piece's word j, byte b has weight 4j + b in bits 0 to 2, weight 16 + 4j + b in
-    // bits 3 to 5, and the upper two bits of weight 48 + 4j + b. Two words more: word j has weight 32 + 8j + b in bits 0
-    // to 2, weight 36 + 8j + b in bits 3 to 5, and in bits 6 and 7 the lowest bits of weights 48 + 8j + b and
-    // 52 + 8j + b. | scales 12 bytes | d | 0 | are of the super-block, which 4 units share.
+    // A unit is a quarter of a block. Of the piece's word j, byte b has weight 4j + b in bits 0 to 2, weight 16 + 4j +
+    // b in bits 3 to 5, and the upper two bits of weight 48 + 4j + b. Two words more: word j has weight 32 + 8j + b in
+    // bits 0 to 2, weight 36 + 8j + b in bits 3 to 5, and in bits 6 and 7 the lowest bits of weights 48 + 8j + b and 52
+    // + 8j + b. | scales 12 bytes | d | 0 | are of the super-block, which 4 units share.
     struct Planes {
         static constexpr int kOffset = 4, kShift = 5, kSub = 16, kBytes = 112;
         static constexpr bool kMin = false;

@@ -66,7 +66,9 @@ struct Q4_0 {
         // Low nibbles stay in place, with the high ones less 8 as 16 times as much.
         HQ_INLINE constexpr int place(int g) { return g % 2 ? 4 : 0; }
         HQ_INLINE constexpr int centre(int g) { return g % 2 ? 8 : 0; }
-        HQ_INLINE uint32_t placed(const Unit& v, int i) { return v.q[i / 8].w[i % 4] & (i & 4 ? 0xF0F0F0F0 : 0x0F0F0F0F); }
+        HQ_INLINE uint32_t placed(const Unit& v, int i) {
+            return v.q[i / 8].w[i % 4] & (i & 4 ? 0xF0F0F0F0 : 0x0F0F0F0F);
+        }
         HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<4>(placed(v, i), place(i / 4), centre(i / 4)); }
         HQ_INLINE float d(const Unit& v, int h) { return half_to_float(v.d.w[0] >> 16 * h & 0xFFFF); }
     };

@@ -69,7 +69,9 @@ struct Q4_K {
         // Low nibbles stay in place, with the high ones less 8 as 16 times as much.
         HQ_INLINE constexpr int place(int g) { return g >= 2 ? 4 : 0; }
         HQ_INLINE constexpr int centre(int g) { return g >= 2 ? 8 : 0; }
-        HQ_INLINE uint32_t placed(const Unit& v, int i) { return v.q[i / 4 % 2].w[i % 4] & (i >= 8 ? 0xF0F0F0F0 : 0x0F0F0F0F); }
+        HQ_INLINE uint32_t placed(const Unit& v, int i) {
+            return v.q[i / 4 % 2].w[i % 4] & (i >= 8 ? 0xF0F0F0F0 : 0x0F0F0F0F);
+        }
         HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<4>(placed(v, i), place(i / 4), centre(i / 4)); }
         HQ_INLINE float d(const Unit& v) { return half_to_float(v.head.w[0] & 0xFFFF); }
         HQ_INLINE float dmin(const Unit& v) { return half_to_float(v.head.w[0] >> 16); }

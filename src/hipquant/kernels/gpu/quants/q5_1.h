@@ -35,8 +35,8 @@ struct Q5_1 {
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.head.w[0]); }
     HQ_INLINE float dmin(const Unit& v) { return -half_to_float(v.head.w[0] >> 16); }
 
-    // A unit is two blocks: pieces | qs of the first | qs of the second |, then a word of fifth bits for each, as
-    // q5_0.h has them, and | d | m | d | m |.
+    // A unit is two blocks: a piece for each, then a word of other bits for each, as q5_0.h has them, and
+    // | d | m | d | m |.
     struct Planes {
         static constexpr int kOffset = 0, kShift = 0, kSub = 0, kBytes = 192;
         static constexpr bool kMin = true;
@@ -63,10 +63,12 @@ struct Q5_1 {
             }
             return r;
         }
-        // The high nibbles have the upper four bits, less 16 as 8 times as much.
+        // The first half of a block is in bits 0 to 4, the second one, less 16, 8 times as much.
         HQ_INLINE constexpr int place(int g) { return g % 2 ? 3 : 0; }
         HQ_INLINE constexpr int centre(int g) { return g % 2 ? 16 : 0; }
-        HQ_INLINE uint32_t placed(const Unit& v, int i) { return placed_five(v.q[i / 8].w[i % 4], v.head.w[i / 8], i, i & 4); }
+        HQ_INLINE uint32_t placed(const Unit& v, int i) {
+            return placed_five(v.q[i / 8].w[i % 4], v.head.w[i / 8], i, i & 4);
+        }
         HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<5>(placed(v, i), place(i / 4), centre(i / 4)); }
         HQ_INLINE float d(const Unit& v, int h) { return half_to_float(v.head.w[2 + h] & 0xFFFF); }
         HQ_INLINE float minimum(const Unit& v, int h) { return -half_to_float(v.head.w[2 + h] >> 16); }

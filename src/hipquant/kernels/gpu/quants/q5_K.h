@@ -53,14 +53,14 @@ struct Q5_K {
     HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)(v.k.scales >> 8 * s & 0xFF); }
     HQ_INLINE float sub_minimum(const Unit& v, int s) { return (float)(v.k.minimums >> 8 * s & 0xFF); }
 
-    // A unit is a chunk: its 32 bytes of qs as two pieces; a word of fifth bits for each of its sub-blocks, that of
-    // weight 4i + b in bit i of byte b; d, dmin and scales of the super-block, which 4 units share.
+    // A unit is a chunk: two pieces, of which byte b has weights b and 32 + b (planes.h); two words of other bits; d,
+    // dmin and scales of the super-block, which 4 units share.
     struct Planes {
         static constexpr int kOffset = 0, kShift = 0, kSub = 32, kBytes = 176;
         static constexpr bool kMin = true;
         struct Unit {
             Words<16> q[2], head;
-            Words<8> fifth;
+            Words<8> others;
             uint32_t scales;  // and minimums of the unit
         };
         HQ_INLINE Unit load(const PlaneRow& r, uint32_t u) {
@@ -70,7 +70,7 @@ struct Q5_K {
         }
         HQ_INLINE void store(const PlaneRow& r, uint32_t u, const Unit& v) {
             store_vector<16>(r.piece<2>(u, 0), v.q[0]), store_vector<16>(r.piece<2>(u, 1), v.q[1]);
-            store_vector<8>(r.at<32, 8>(u), v.fifth);
+            store_vector<8>(r.at<32, 8>(u), v.others);
             if (u % 4 == 0) store_vector<16>(r.at_super<40, 16>(u), v.head);
         }
         HQ_INLINE Unit gather(const Block* blocks, uint32_t u, int) {
@@ -79,13 +79,15 @@ struct Q5_K {
             Unit r{{}, load_halves<16>(&b), {}, {}};
 #pragma unroll
             for (int i = 0; i < 16; i++)
-                put_five(r.q[i / 4 % 2].w[i % 4], r.fifth.w[i / 8], Q5_K::word(b, 16 * c + i), i, i >= 8);
+                put_five(r.q[i / 4 % 2].w[i % 4], r.others.w[i / 4 % 2], Q5_K::word(b, 16 * c + i), i, i >= 8);
             return r;
         }
-        // The high nibbles have the upper four bits, less 16 as 8 times as much.
+        // The first half of a chunk is in bits 0 to 4, the second one, less 16, 8 times as much.
         HQ_INLINE constexpr int place(int g) { return g >= 2 ? 3 : 0; }
         HQ_INLINE constexpr int centre(int g) { return g >= 2 ? 16 : 0; }
-        HQ_INLINE uint32_t placed(const Unit& v, int i) { return placed_five(v.q[i / 4 % 2].w[i % 4], v.fifth.w[i / 8], i, i >= 8); }
+        HQ_INLINE uint32_t placed(const Unit& v, int i) {
+            return placed_five(v.q[i / 4 % 2].w[i % 4], v.others.w[i / 4 % 2], i, i >= 8);
+        }
         HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<5>(placed(v, i), place(i / 4), centre(i / 4)); }
         HQ_INLINE float d(const Unit& v) { return half_to_float(v.head.w[0] & 0xFFFF); }
         HQ_INLINE float dmin(const Unit& v) { return half_to_float(v.head.w[0] >> 16); }

@@ -55,48 +55,48 @@ struct Q6_K {
     HQ_INLINE float d(const Unit& v) { return half_to_float(v.d); }
     HQ_INLINE float sub_scale(const Unit& v, int s) { return (float)v.scales[s]; }
 
-    // A unit is a quarter of a block. Two pieces, of whose word j byte b has the low nibbles of weights 4j + b and
-    // 32 + 4j + b; a third, of whose word j byte b has the high two bits of weight 16s + 4j + b in bits 2s, 2s + 1; its
-    // 4 scales; d of the super-block, which 4 units share.
+    // A unit is a quarter of a block: three pieces, of whose word j byte b has weight 16p + 4j + b in bits 0 to 5,
+    // where p is the piece, and in bits 6 and 7 two bits of weight 48 + 4j + b, the upper ones in the first; its 4
+    // scales; d of the super-block, which 4 units share.
     struct Planes {
         static constexpr int kOffset = 32, kShift = 2, kSub = 16, kBytes = 210;
         static constexpr bool kMin = false;
         struct Unit {
-            Words<16> low[2], high;
+            Words<16> q[3];
             Words<4> scales;
             uint32_t d;
         };
         HQ_INLINE Unit load(const PlaneRow& r, uint32_t u) {
-            return {{load_stream<16>(r.piece<3>(u, 0)), load_stream<16>(r.piece<3>(u, 1))},
-                load_stream<16>(r.piece<3>(u, 2)), load_stream<4>(r.at<48, 4>(u)),
-                load_stream_half(r.at_super<52, 2>(u))};
+            return {{load_stream<16>(r.piece<3>(u, 0)), load_stream<16>(r.piece<3>(u, 1)),
+                        load_stream<16>(r.piece<3>(u, 2))},
+                load_stream<4>(r.at<48, 4>(u)), load_stream_half(r.at_super<52, 2>(u))};
         }
         HQ_INLINE void store(const PlaneRow& r, uint32_t u, const Unit& v) {
-            store_vector<16>(r.piece<3>(u, 0), v.low[0]), store_vector<16>(r.piece<3>(u, 1), v.low[1]);
-            store_vector<16>(r.piece<3>(u, 2), v.high), store_vector<4>(r.at<48, 4>(u), v.scales);
+            for (int p = 0; p < 3; p++) store_vector<16>(r.piece<3>(u, p), v.q[p]);
+            store_vector<4>(r.at<48, 4>(u), v.scales);
             if (u % 4 == 0) *(uint16_t*)r.at_super<52, 2>(u) = (uint16_t)v.d;
         }
         HQ_INLINE Unit gather(const Block* blocks, uint32_t u, int) {
             const Block& b = blocks[u / 4];
             const int c = (int)(u % 4);
-            Unit r{{}, {}, {load4(b.scales + 4 * c)}, b.d};
+            Unit r{{}, {load4(b.scales + 4 * c)}, b.d};
 #pragma unroll
             for (int i = 0; i < 16; i++) {
                 const uint32_t q = (Q6_K::word(b, 16 * c + i) ^ 0x80808080) >> 2 & 0x3F3F3F3F;
-                uint32_t &nibbles = r.low[i / 4 % 2].w[i % 4], &high = r.high.w[i % 4];
-                if (i < 8) nibbles |= q & 0x0F0F0F0F, high |= (q & 0x30303030) << (i < 4 ? 0 : 2);
-                else nibbles |= (q << 2 & 0xF0F0F0F0) ^ 0x80808080, high |= (q & 0x03030303) << (i < 12 ? 2 : 0);
+                if (i < 12) r.q[i / 4].w[i % 4] |= q;
+                else
+                    for (int p = 0; p < 3; p++) r.q[p].w[i % 4] |= q << (2 + 2 * p) & 0xC0C0C0C0;
             }
+            r.q[0] = flipped(r.q[0]);
             return r;
         }
-        // The low nibbles have the lower four bits, and bits 4 to 7 of `high` the other two; the high nibbles the upper
-        // four, and bits 0 to 3 of `high` the other two, less 32 as 4 times as much.
-        HQ_INLINE constexpr int place(int g) { return g >= 2 ? 2 : 0; }
-        HQ_INLINE constexpr int centre(int g) { return g >= 2 ? 32 : 0; }
+        // The last quarter is 4 times as much, less 32.
+        HQ_INLINE constexpr int place(int g) { return g == 3 ? 2 : 0; }
+        HQ_INLINE constexpr int centre(int g) { return g == 3 ? 32 : 0; }
         HQ_INLINE uint32_t placed(const Unit& v, int i) {
-            const uint32_t nibbles = v.low[i / 4 % 2].w[i % 4], high = v.high.w[i % 4];
-            if (i < 8) return (nibbles & 0x0F0F0F0F) | ((i < 4 ? high : high >> 2) & 0x30303030);
-            return (nibbles & 0xF0F0F0F0) | ((i < 12 ? high : high << 2) & 0x0C0C0C0C);
+            const int j = i % 4;
+            if (i < 12) return v.q[i / 4].w[j] & 0x3F3F3F3F;
+            return (v.q[0].w[j] & 0xC0C0C0C0) | move_bits<2>(v.q[1].w[j], 6, 4) | move_bits<2>(v.q[2].w[j], 6, 2);
         }
         HQ_INLINE uint32_t word(const Unit& v, int i) { return unplaced<6>(placed(v, i), place(i / 4), centre(i / 4)); }
         HQ_INLINE float d(const Unit& v) { return half_to_float(v.d); }
