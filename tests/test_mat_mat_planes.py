@@ -1,4 +1,5 @@
-"""`mul_mat_planes_*`: tiles of weights in planes times activations in planes, against float64.
+"""`mul_mat_planes_*`, `mul_mat_planes_experts_*`: tiles of weights in planes times activations in planes, against
+float64.
 
 The kernels are simulated under AddressSanitizer and UBSan, by matrix units and by dot products. Where AMD_EMULATOR
 names a checkout of tinygrad, its emulator executes the machine code of four AMD targets as well.
@@ -142,3 +143,41 @@ def test_small_and_great_weights(backend: tuple[Backend, float]) -> None:
     w = reference.dequantize(kind, blocks.reshape(rows, -1), (rows, k)).astype(np.float64)
     for i in range(rows):
         assert reference.nmse(found[:, i], values @ w[i]) < tolerance
+
+
+# Expert, first column, columns: more than a team's 16, all of a tile, and experts without any.
+GROUPS = [(3, 0, 64), (3, 64, 5), (0, 69, 1), (0, 0, 0), (4, 70, 33), (1, 103, 16)]
+EXPERTS, COLUMNS, TOKENS = 5, 119, 21
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda t: t.suffix)
+@pytest.mark.parametrize(
+    ("rows", "nblocks", "tokens"),
+    [
+        (1, 1, True),  # half a unit
+        (66, 5, False),  # an odd number of units, the last one half empty, and a second tile with 2 rows
+        (64, 24, True),
+    ],
+)
+def test_product_of_experts(
+    backend: tuple[Backend, float], kind: QuantType, rows: int, nblocks: int, tokens: bool
+) -> None:
+    """The rows of an expert times its columns, which `tokens` are found by their tokens; nothing else is written."""
+    run, tolerance = backend
+    k = padded(32 * nblocks, kind.block_size)
+    rng = np.random.default_rng([rows, k, tokens])
+    planes, w = weights(run, kind, EXPERTS * rows, k)
+    y, values = activations(rng.standard_normal((TOKENS if tokens else COLUMNS, k)).astype(np.float32))
+    token = rng.integers(0, TOKENS, COLUMNS, np.int32) if tokens else np.arange(COLUMNS, dtype=np.int32)
+    groups = np.array([(*group, 0) for group in GROUPS], np.int32)
+    stored = np.full((COLUMNS, rows + GUARD), np.nan, np.float32)
+    row = wiring.find("mul_mat_planes_experts", kind)
+    sizes = k, rows, EXPERTS, padded(k)
+    run.launch(
+        row, row.grid(nrows=rows, groups=len(groups)),
+        (planes, y, stored, *sizes, groups, token if tokens else 0, rows + GUARD),
+    )  # fmt: skip
+    assert np.isnan(stored[:, rows:]).all()
+    expert = np.repeat(groups[:, 0], groups[:, 2])
+    expected = np.einsum("ck,crk->cr", values[token], w.reshape(EXPERTS, rows, k)[expert])
+    assert reference.nmse(stored[:, :rows], expected) < tolerance

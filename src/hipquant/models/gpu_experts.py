@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from .. import wiring
 from ..driver import Buffer
-from ..wiring import EXPERT_BATCHES
+from ..wiring import EXPERT_TILE, FLOAT_EXPERT_BATCH
 from .gpu_weights import Activations, Epilogue, EpilogueKind, ExpertColumns, Products
 from .layers import MAX_CAPTURED, Kernels, Layer, Sizes
 
@@ -14,7 +14,7 @@ from .layers import MAX_CAPTURED, Kernels, Layer, Sizes
 def mixture_parts(s: Sizes, chunk: int) -> dict[str, int]:
     """Bytes of what the experts of a pass over `chunk` tokens take, by name."""
     choices = chunk * s.n_expert_used
-    parts = {"router": chunk * s.n_expert, "given": choices * s.n_embd, "groups": 4 * choices}
+    parts = {"router": chunk * s.n_expert, "given": choices * s.n_embd, "groups": 4 * choices, "counts": s.n_expert}
     parts |= dict.fromkeys(("experts", "weights", "token", "column"), choices)
     return {f"experts' {name}": 4 * n for name, n in parts.items()}
 
@@ -23,14 +23,19 @@ class Mixture:
     """The experts of the tokens of a pass, and what these give.
 
     In a short pass each choice of a token is a column, and what the experts give is added as it is multiplied. In a
-    long one columns are sorted by expert, whose weights are taken for 8 of them at a time.
+    long one columns are sorted by expert, whose weights are taken for up to 64 of them at a time, or 8 where some
+    are floats.
     """
 
     def __init__(self, kernels: Kernels, s: Sizes, parts: Mapping[str, Buffer]) -> None:
         self.kernels, self.sizes = kernels, s
-        self.logits, self.given, self.groups, self.experts, self.weights, self.token, self.column = (
-            parts[f"experts' {name}"] for name in ("router", "given", "groups", "experts", "weights", "token", "column")
+        self.logits, self.given, self.groups, self.counts = (
+            parts[f"experts' {name}"] for name in ("router", "given", "groups", "counts")
         )
+        self.experts, self.weights, self.token, self.column = (
+            parts[f"experts' {name}"] for name in ("experts", "weights", "token", "column")
+        )
+        self.counts.fill(0, kernels.stream)
         self.gate_up = parts["gate_up"]
 
     def __call__(self, layer: Layer[Products], x: Activations, gated: Activations, n: int, dst: Buffer) -> None:
@@ -51,21 +56,24 @@ class Mixture:
         assert layer.router is not None
         few, choices = n <= MAX_CAPTURED, n * s.n_expert_used
         (layer.router.few if few else layer.router.many)(x, self.logits, n)
-        chosen = self.experts, self.weights, self.groups, self.token
+        counts = None if few else self.counts
+        chosen = self.experts, self.weights, self.groups, self.token, counts, self.column
         self.kernels(choose, choose.grid(ntokens=n), self.logits, *chosen, s.n_expert, s.n_expert_used)
         if few:
             return ExpertColumns(self.groups, choices, 1)
-        batch = EXPERT_BATCHES[-1]
+        runs = *layer.gate_up.runs, *layer.down.runs
+        batch = EXPERT_TILE if all(run.quantized for run in runs) else FLOAT_EXPERT_BATCH
         most = min(choices, choices // batch + s.n_expert)  # groups: each expert may have one that is not full
-        to = self.groups, self.token, self.column
-        self.kernels(sort, sort.grid(), self.experts, *to, s.n_expert_used, n, most)
+        to = self.counts, self.groups, self.token, self.column
+        self.kernels(sort, sort.grid(), self.experts, *to, s.n_expert, s.n_expert_used, n, batch, most)
         return ExpertColumns(self.groups, most, batch)
 
     def _gate(self, layer: Layer[Products], x: Activations, to: Activations, columns: ExpertColumns, n: int) -> None:
         """The n columns that `down` takes."""
         s = self.sizes
         floats, planes = layer.down.wants(to)
-        if len(layer.gate_up.runs) == 1:
+        run, *others = layer.gate_up.runs
+        if not others and (columns.batch == 1 or not run.quantized):
             epilogue = Epilogue(EpilogueKind.GATE, to.n_padded, gate=(planes, to.n_padded))
             layer.gate_up.of_experts(x, to.floats, columns, self.token, epilogue)
             return

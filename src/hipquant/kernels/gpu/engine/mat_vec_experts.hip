@@ -1,24 +1,22 @@
 // A mixture of experts. `choose_experts_q8`: the experts of a token, by the router's logits.
 // `sort_experts_q8`: columns of many tokens, sorted by expert. `mul_mat_vec_experts_*`: the weights of an expert times
-// 1 or up to 8 of its columns, and what follows (mat_vec_epilogue.h). `mul_mat_vec_mixed_*`: those of all experts of a
-// token, weighted and added; `add_experts_q8` does that with what there is for each.
+// 1 or, of floats, up to 8 of its columns, and what follows (mat_vec_epilogue.h); many columns are multiplied in
+// mat_mat_planes.hip. `mul_mat_vec_mixed_*`: the weights of all experts of a token, their products weighted and added;
+// `add_experts_q8` does that with what there is for each.
+#include "experts.h"
 #include "types.h"
 #include "mat_vec_epilogue.h"
 #include "mat_vec_weights.h"
 
-// Columns `first` to `first` + `columns` - 1 are an expert's; there may be none.
-struct alignas(16) ExpertGroup {
-    int expert, first, columns, unused;
-};
-
-constexpr int kMaxExperts = 512, kMaxChoices = 512 * 32, kGroupColumns = 8;
+constexpr int kMaxExperts = 512;
 
 // Block (token): the `n_used` experts of the greatest logits, of equal ones the first, and their weights: the softmax
-// over those chosen. Each is a group of one column, which is the token's. The rank of an expert is how many come before
-// it; NaN come last.
+// over those chosen. Each is a group of one column, which is the token's; or, where there are `counts`, of the columns
+// of each expert, it is counted, and how many have been so before is its `column`. The rank of an expert is how many
+// come before it; NaN come last.
 HQ_KERNEL(128)
-choose_experts_q8(
-    const float* logits, int* experts, float* weights, ExpertGroup* groups, int* token, int n_expert, int n_used) {
+choose_experts_q8(const float* logits, int* experts, float* weights, ExpertGroup* groups, int* token, int* counts,
+    int* column, int n_expert, int n_used) {
     HQ_SHARED struct {
         Float4 logits[kMaxExperts / 4];
         float chosen[32];
@@ -26,7 +24,7 @@ choose_experts_q8(
     let_next_begin();
     wait_for_inputs();
     const float* from = logits + (int64_t)block_x() * n_expert;
-    const int fours = (n_expert + 3) / 4, column = (int)block_x() * n_used;
+    const int fours = (n_expert + 3) / 4, first = (int)block_x() * n_used;
     for (int e = thread_x(); e < 4 * fours; e += 128) {
         const float v = e < n_expert ? from[e] : -infinity();
         shared.logits[e / 4].v[e % 4] = v == v ? v : -infinity();
@@ -42,56 +40,63 @@ choose_experts_q8(
         }
         if (rank >= n_used) continue;
         shared.chosen[rank] = from[e];
-        experts[column + rank] = e, token[column + rank] = (int)block_x();
-        groups[column + rank] = {e, column + rank, 1, 0};
+        const int choice = first + rank;
+        experts[choice] = e;
+        if (counts) column[choice] = add_atomic(counts + e, 1);
+        else token[choice] = (int)block_x(), groups[choice] = {e, choice, 1, 0};
     }
     barrier();
     const int j = thread_x();
     if (j >= 32) return;
     const float each = exp_(shared.chosen[j < n_used ? j : 0] - shared.chosen[0]), weight = j < n_used ? each : 0;
     const float total = team_sum(weight);
-    if (j < n_used) weights[column + j] = weight / total;
+    if (j < n_used) weights[first + j] = weight / total;
 }
 
-// f(choice) for each of those in shared memory, whose number is filled up to a multiple of 8, that is of an expert.
-template <class F> HQ_INLINE void each_choice(const uint16_t* chosen, int choices, int expert, F f) {
-    for (int i = 0; i < choices; i += 8) {
-        const Words<16> eight = load_shared<16, 16>(chosen + i);
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            if ((int)(eight.w[j / 2] >> j % 2 * 16 & 0xFFFF) == expert) f(i + j);
-    }
-}
-
-// One block, a thread an expert: groups of up to 8 columns, of the same expert, for `ntokens` tokens; those without
-// columns are last. `column` is that of each choice of a token, `token` the way back.
+// One block, a thread an expert: groups of up to `most` columns, of the same expert, for `ntokens` tokens; those
+// without columns are last. The `column` of a choice of a token, so far counted from the first one of its expert,
+// becomes that of all; `token` is the way back. In the end `counts` are 0 again.
 HQ_KERNEL(kMaxExperts)
-sort_experts_q8(
-    const int* experts, ExpertGroup* groups, int* token, int* column, int n_used, int ntokens, int ngroups) {
-    HQ_SHARED struct alignas(16) {
-        uint16_t chosen[kMaxChoices];
-        int columns[kMaxExperts], used;
-    } shared;
+sort_experts_q8(const int* experts, int* counts, ExpertGroup* groups, int* token, int* column, int n_expert, int n_used,
+    int ntokens, int most, int ngroups) {
+    constexpr int kAtOnce = 8;
+    struct Sums {  // of an expert, or of those before it
+        int columns, groups;
+    };
+    HQ_SHARED Sums of[kMaxExperts];
+    HQ_SHARED int before[kMaxExperts];
     let_next_begin();
-    const int expert = thread_x(), choices = n_used * ntokens;
     wait_for_inputs();
-    for (int i = expert; i < (choices + 7) / 8 * 8; i += kMaxExperts)
-        shared.chosen[i] = i < choices ? (uint16_t)experts[i] : 0xFFFF;
+    const int expert = thread_x(), choices = n_used * ntokens;
+    const int columns = expert < n_expert ? counts[expert] : 0;
+    of[expert] = {columns, (columns + most - 1) / most};
     barrier();
-    int columns = 0, first = 0, group = 0;
-    each_choice(shared.chosen, choices, expert, [&](int) { columns++; });
-    shared.columns[expert] = columns;
+    Sums sums = {};
+    for (int e = 0; e < expert && e < n_expert; e++) sums.columns += of[e].columns, sums.groups += of[e].groups;
+    before[expert] = sums.columns;
+    for (int at = 0; at < columns; at += most)
+        groups[sums.groups++] = {expert, sums.columns + at, columns - at < most ? columns - at : most, 0};
+    if (expert < n_expert) counts[expert] = 0;
+    HQ_SHARED int used;
+    if (expert == kMaxExperts - 1) used = sums.groups;
     barrier();
-    for (int e = 0; e < expert; e++) {
-        first += shared.columns[e];
-        group += (shared.columns[e] + kGroupColumns - 1) / kGroupColumns;
+    for (int i = used + expert; i < ngroups; i += kMaxExperts) groups[i] = {};
+#pragma unroll 1
+    for (int first = expert; first < choices; first += kAtOnce * kMaxExperts) {
+        int at[kAtOnce], of_choice[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; k++) {  // all loads before the first store
+            const int i = first + k * kMaxExperts < choices ? first + k * kMaxExperts : first;
+            of_choice[k] = experts[i], at[k] = column[i];
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; k++) {
+            const int i = first + k * kMaxExperts;
+            if (i >= choices) break;
+            at[k] += before[of_choice[k]];
+            column[i] = at[k], token[at[k]] = i / n_used;
+        }
     }
-    for (int at = 0; at < columns; at += kGroupColumns)
-        groups[group++] = {expert, first + at, columns - at < kGroupColumns ? columns - at : kGroupColumns, 0};
-    if (expert == kMaxExperts - 1) shared.used = group;
-    barrier();
-    for (int i = shared.used + expert; i < ngroups; i += kMaxExperts) groups[i] = {};
-    each_choice(shared.chosen, choices, expert, [&](int i) { column[i] = first, token[first++] = i / n_used; });
 }
 
 // Rows of an expert that a team takes at once; a lane has units `lane`, `lane` + 32, ... of them, the first one of the
@@ -254,7 +259,6 @@ template <class W> constexpr int resident_experts(int columns) {
     }
 #define HQ_ENTRIES(suffix, W)                                                                                    \
     HQ_EXPERTS(suffix, W, 1)                                                                                     \
-    HQ_EXPERTS(suffix, W, 8)                                                                                     \
     HQ_KERNEL(128)                                                                                               \
     mul_mat_vec_mixed_##suffix(const void* x, const void* y, int ncols_x, int nrows_x, int n_expert, int n_used, \
         int n_padded, const int* experts, const float* weights, float* dst) {                                    \
@@ -262,10 +266,14 @@ template <class W> constexpr int resident_experts(int columns) {
             {x, y, nullptr, 0, ncols_x, nrows_x, 1, n_padded}, dst, n_expert, n_used, experts, weights);         \
     }
 #define HQ_QUANTIZED(suffix, Q) HQ_ENTRIES(suffix, QuantizedWeights<Q>)
+#define HQ_FLOATS(suffix, F)            \
+    HQ_ENTRIES(suffix, FloatWeights<F>) \
+    HQ_EXPERTS(suffix, FloatWeights<F>, 8)
 HQ_PLANES(HQ_QUANTIZED)
-HQ_ENTRIES(f32, FloatWeights<WordsF32>)
-HQ_ENTRIES(f16, FloatWeights<WordsF16>)
-HQ_ENTRIES(bf16, FloatWeights<WordsBF16>)
+HQ_FLOATS(f32, WordsF32)
+HQ_FLOATS(f16, WordsF16)
+HQ_FLOATS(bf16, WordsBF16)
 #undef HQ_EXPERTS
 #undef HQ_ENTRIES
 #undef HQ_QUANTIZED
+#undef HQ_FLOATS
