@@ -1,4 +1,4 @@
-"""A mixture of experts on a GPU: choosing and sorting them, `mul_mat_vec_experts_*`, and `mul_mat_vec_mixed_*`.
+"""A mixture of experts on a GPU: choosing and sorting them, `router_*`, `mul_mat_vec_experts_*`, `mul_mat_vec_mixed_*`.
 
 The kernels are simulated under AddressSanitizer and UBSan. Where AMD_EMULATOR names a checkout of tinygrad, its
 emulator executes the machine code of four AMD targets as well.
@@ -25,21 +25,27 @@ Ints = npt.NDArray[np.int32]
 
 NULL, POISON, EPS = 0, 0xA5, 1e-5
 STORE, GATE = EpilogueKind.STORE, EpilogueKind.GATE
-SOURCES = ["repack", "activation", "mat_vec_experts"]
+SOURCES = ["repack", "activation", "choose_experts", "mat_vec_experts"]
 pytestmark = pytest.mark.skipif(
     not simulate.can_sanitize(),
     reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
 )
-WAVES = [pytest.param(wave, id=f"wave{wave}") for wave in (32, 64)]
+SIMULATED = [
+    pytest.param((32, False), id="wave32"),
+    pytest.param((64, False), id="wave64"),
+    pytest.param((32, True), id="wave32-matrix-units"),  # there a team takes more rows at a time
+]
 EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
 
 
-@pytest.fixture(scope="module", params=WAVES + EMULATED)
+@pytest.fixture(scope="module", params=SIMULATED + EMULATED)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if isinstance(request.param, str):
         found: Backend = emulator.engine(request.param)
     else:
-        found = simulate.build(request.param, True, [gpu.ENGINE / f"{name}.hip" for name in SOURCES])
+        wave, units = request.param
+        sources = [gpu.ENGINE / f"{name}.hip" for name in SOURCES]
+        found = simulate.build(wave, True, sources, matrix_units=units)
     yield found
     found.close()
 
@@ -233,17 +239,55 @@ def test_gated(backend: Backend, rng: np.random.Generator, kind: str, shape: Sha
 
 
 @pytest.mark.parametrize("kind", MATRIX_TYPES, ids=lambda t: t.suffix)
-@pytest.mark.parametrize(("used", "rows", "k"), [(1, 9, 64), (5, 37, 96), (3, 16, 2304)])
+@pytest.mark.parametrize(("used", "rows", "k"), [(1, 9, 64), (5, 37, 96), (3, 64, 2304), (6, 3, 768)])
 def test_mixed(backend: Backend, rng: np.random.Generator, kind: QuantType, used: int, rows: int, k: int) -> None:
-    """What the experts of a token give, weighted and added; a lane of a team may have units of several of them."""
+    """What the experts of a token give, weighted, is added to the residual stream, which is normed up to the division
+    by rms; a lane of a team may have units of several experts."""
     n, w = 2, Experts(backend, rng, kind, 6, rows, k, 2 * used)
     experts = np.stack([rng.permutation(6)[:used] for _ in range(n)]).astype(np.int32)
-    weights, dst = rng.random((n, used), np.float32), poison(n, rows)
+    weights, residual, norm = rng.random((n, used), np.float32), normal(rng, n, rows + 5), normal(rng, rows)
+    groups, n_padded = -(-rows // 32), padded(rows, UNIT)
+    x, normed, sums = residual.copy(), poison(n, n_padded), poison(n, groups)
+    q = np.zeros((n, n_padded // UNIT * UNIT_BYTES), np.uint8)
     kernel = wiring.find("mul_mat_vec_mixed", kind)
     sizes = w.k, rows, 6, used, w.n_padded
-    backend.launch(kernel, kernel.grid(nrows=rows, ntokens=n), (w.w, w.y, *sizes, experts, weights, dst))
+    to = x, x.shape[1], norm, normed, q, sums, n_padded
+    backend.launch(kernel, kernel.grid(nrows=rows, ntokens=n), (w.w, w.y, *sizes, experts, weights, *to))
     expected = np.einsum("tjk,tjrk,tj->tr", w.x.reshape(n, used, -1), w.values[experts], weights.astype(np.float64))
-    assert reference.nmse(dst, expected) <= 1e-11
+    assert reference.nmse(x[:, :rows], residual[:, :rows] + expected) <= 1e-11
+    np.testing.assert_array_equal(x[:, rows:], residual[:, rows:])
+    squares = np.pad(x[:, :rows].astype(np.float64) ** 2, ((0, 0), (0, groups * 32 - rows))).reshape(n, groups, 32)
+    np.testing.assert_allclose(sums, squares.sum(-1), rtol=1e-6)
+    np.testing.assert_array_equal(normed[:, :rows], x[:, :rows] * norm)
+    assert np.isnan(normed[:, rows:]).all()
+    check_planes(q, normed[:, :rows], n_padded)
+
+
+@pytest.mark.parametrize("kind", FLOAT_TYPES, ids=lambda t: t.suffix)
+@pytest.mark.parametrize(
+    ("experts", "used", "k", "squares"),
+    [(1, 1, 32, False), (8, 2, 100, True), (130, 8, 2048, True), (5, 3, 5000, False)],
+)
+def test_router(
+    backend: Backend, rng: np.random.Generator, kind: QuantType, experts: int, used: int, k: int, squares: bool
+) -> None:
+    """Logits, and the experts that `choose_experts_q8` finds by them; counters are 0 again."""
+    n, w = 3, Experts(backend, rng, kind, 1, experts, k, 3)
+    sums = rng.uniform(1, 99, (n, -(-k // 32))).astype(np.float32)
+    logits, counters = poison(n, experts), np.zeros(n, np.int32)
+    found = ints(n, used), poison(n, used), ints(n * used, 4), ints(n * used)
+    row = wiring.find("router", kind)
+    backend.launch(
+        row, row.grid(n_expert=experts, ntokens=n),
+        (w.w, w.y, sums if squares else NULL, EPS, k, experts, w.n_padded, logits, counters, *found, used),
+    )  # fmt: skip
+    expected = w.x @ w.values[0].T
+    if squares:
+        expected /= np.sqrt(sums.sum(-1, dtype=np.float64, keepdims=True) / k + EPS)
+    assert reference.nmse(logits, expected) <= 1e-11
+    for mine, theirs in zip(found, choose(backend, logits, used), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert not counters.any()
 
 
 def test_what_experts_give_is_added(backend: Backend, rng: np.random.Generator) -> None:

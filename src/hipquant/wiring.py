@@ -517,6 +517,15 @@ def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
         (128, 1, 1),
         lambda ntokens: (ntokens, 1, 1),
     )
+    for t in FLOAT_TYPES:
+        yield kernel(
+            f"router_{t.suffix}",
+            "const void* x, const void* y, const float* squares, float eps, int ncols_x, int n_expert, int n_padded,"
+            " float* logits, int* counters, int* experts, float* weights, int* groups, int* token, int n_used",
+            (128, 1, 1),
+            lambda n_expert, ntokens: (n_expert, ntokens, 1),
+            t,
+        )
     yield kernel(
         "sort_experts_q8",
         "const int* experts, int* counts, int* groups, int* token, int* column, int n_expert, int n_used, int ntokens,"
@@ -554,9 +563,10 @@ def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
         yield kernel(
             f"mul_mat_vec_mixed_{t.suffix}",
             "const void* x, const void* y, int ncols_x, int nrows_x, int n_expert, int n_used, int n_padded,"
-            " const int* experts, const float* weights, float* dst",
-            (32, 4, 1),
-            lambda nrows, ntokens: (_ceil(nrows, 8), ntokens, 1),
+            " const int* experts, const float* weights, float* dst, int nrows_dst, const float* weight, float* normed,"
+            " void* q, float* sums, int n_padded_q",
+            (32, 16, 1),
+            lambda nrows, ntokens: (_ceil(nrows, 32), ntokens, 1),
             t,
         )
 

@@ -299,8 +299,8 @@ class GpuBlocks(Blocks[Products]):
         s, x = self.sizes, self.gated
         if self.mixture is not None and layer.ffn_norm is not None and layer.router is not None:
             self._norm(layer.ffn_norm, n, layer.gate_up, layer.router)
-            self.mixture(layer, self.normed, x, n, self.branch)
-            self._branch, self._post_norm, self._fused = (lambda _: None), None, False
+            self._branch = self.mixture(layer, self.normed, x, n, self.x, self.branch)
+            self._post_norm, self._fused = None, n <= MAX_CAPTURED and not s.layer_norm
             return
         if layer.ffn_norm is not None:
             self._norm(layer.ffn_norm, n, layer.gate_up)
