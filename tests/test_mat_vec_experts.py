@@ -106,7 +106,8 @@ def test_logits_that_are_no_numbers_choose_experts_that_there_are(backend: Backe
 
 
 @pytest.mark.parametrize(
-    ("experts", "used", "n", "most"), [(8, 2, 9, 8), (40, 5, 61, 8), (3, 3, 70, 64), (512, 32, 11, 64), (1, 1, 9, 8)]
+    ("experts", "used", "n", "most"),
+    [(8, 2, 9, 8), (40, 5, 61, 8), (3, 3, 70, 64), (512, 32, 11, 64), (1, 1, 9, 8), (32, 32, 131, 64)],
 )
 def test_columns_are_sorted_by_expert(
     backend: Backend, rng: np.random.Generator, experts: int, used: int, n: int, most: int
