@@ -21,6 +21,7 @@ from hipquant.quants import WEIGHT_TYPES, QuantType, activation_bytes, padded, p
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.cases import random_blocks
 from hipquant.toolchain.simulate import Simulator
+from planes import decoded, parts_of
 
 Raw = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -164,20 +165,52 @@ def test_product_of_experts(
 ) -> None:
     """The rows of an expert times its columns, which `tokens` are found by their tokens; nothing else is written."""
     run, tolerance = backend
-    k = padded(32 * nblocks, kind.block_size)
+    stored = np.full((COLUMNS, rows + GUARD), np.nan, np.float32)
+    expected = run_experts(run, kind, rows, padded(32 * nblocks, kind.block_size), tokens, (stored, rows + GUARD, 0, 0))
+    assert np.isnan(stored[:, rows:]).all()
+    assert reference.nmse(stored[:, :rows], expected) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q6_K"])
+@pytest.mark.parametrize("pairs", [3, 64, 70])
+def test_gated_product_of_experts(backend: tuple[Backend, float], kind: str, pairs: int) -> None:
+    """SiLU of the first half of the rows times the second one, in planes of 32 that have one scale."""
+    run, tolerance = backend
+    n_padded = padded(pairs, UNIT)
+    q = np.zeros((COLUMNS, activation_bytes(n_padded)), np.uint8)
+    products = run_experts(run, quant_type(kind), 2 * pairs, 256, True, (0, 0, q, n_padded), 0.03)
+    gate, up = products[:, :pairs], products[:, pairs:]
+    with np.errstate(over="ignore"):
+        gated = np.pad(gate / (1 + np.exp(-gate)) * up, ((0, 0), (0, n_padded - pairs)))
+    found = decoded(q, n_padded)
+    biggest = np.abs(gated).reshape(COLUMNS, -1, 32).max(-1).repeat(32, axis=-1)
+    limit = 0.51 / 127 * biggest + 10 * np.sqrt(tolerance) * np.abs(gated).max()
+    assert (np.abs(found - gated) <= limit).all()
+    quants, _, sums = parts_of(q, n_padded)
+    np.testing.assert_array_equal(sums, quants.reshape(COLUMNS, -1, 16).sum(-1, dtype=np.int16))
+
+
+def run_experts(
+    run: Backend,
+    kind: QuantType,
+    rows: int,
+    k: int,
+    tokens: bool,
+    outputs: tuple[Raw | Floats | int, ...],
+    deviation: float = 1,
+) -> Wide:
+    """Launches `mul_mat_planes_experts_*` to dst, its stride, q and n_padded_q; float64 of the products."""
     rng = np.random.default_rng([rows, k, tokens])
     planes, w = weights(run, kind, EXPERTS * rows, k)
-    y, values = activations(rng.standard_normal((TOKENS if tokens else COLUMNS, k)).astype(np.float32))
+    x = deviation * rng.standard_normal((TOKENS if tokens else COLUMNS, k))
+    y, values = activations(x.astype(np.float32))
     token = rng.integers(0, TOKENS, COLUMNS, np.int32) if tokens else np.arange(COLUMNS, dtype=np.int32)
     groups = np.array([(*group, 0) for group in GROUPS], np.int32)
-    stored = np.full((COLUMNS, rows + GUARD), np.nan, np.float32)
     row = wiring.find("mul_mat_planes_experts", kind)
-    sizes = k, rows, EXPERTS, padded(k)
+    (dst, *rest), sizes = outputs, (k, rows, EXPERTS, padded(k))
     run.launch(
         row, row.grid(nrows=rows, groups=len(groups)),
-        (planes, y, stored, *sizes, groups, token if tokens else 0, rows + GUARD),
+        (planes, y, dst, *sizes, groups, token if tokens else 0, *rest),
     )  # fmt: skip
-    assert np.isnan(stored[:, rows:]).all()
     expert = np.repeat(groups[:, 0], groups[:, 2])
-    expected = np.einsum("ck,crk->cr", values[token], w.reshape(EXPERTS, rows, k)[expert])
-    assert reference.nmse(stored[:, :rows], expected) < tolerance
+    return np.asarray(np.einsum("ck,crk->cr", values[token], w.reshape(EXPERTS, rows, k)[expert]))

@@ -544,7 +544,7 @@ def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
             yield kernel(
                 f"mul_mat_planes_experts_{t.suffix}",
                 "const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int n_expert, int n_padded,"
-                " const int* groups, const int* token, int nrows_dst",
+                " const int* groups, const int* token, int nrows_dst, void* q, int n_padded_q",
                 (32, EXPERT_TILE // 16, 1),
                 lambda nrows, groups: (_ceil(nrows, EXPERT_TILE), groups, 1),
                 t,

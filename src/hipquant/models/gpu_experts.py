@@ -96,7 +96,7 @@ class Mixture:
         s = self.sizes
         floats, planes = layer.down.wants(to)
         run, *others = layer.gate_up.runs
-        if not others and (columns.batch == 1 or not run.quantized):
+        if not others and (columns.batch == 1 or not run.quantized or floats is None):
             epilogue = Epilogue(EpilogueKind.GATE, to.n_padded, gate=(planes, to.n_padded))
             layer.gate_up.of_experts(x, to.floats, columns, self.token, epilogue)
             return

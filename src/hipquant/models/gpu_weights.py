@@ -136,14 +136,14 @@ class Products:
         self, x: Activations, dst: Buffer, columns: ExpertColumns, token: Buffer | None, epilogue: Epilogue
     ) -> None:
         """Columns of x, those of `token` or all, times the weights of their experts. Of groups of several columns,
-        quantized weights take the epilogue `STORE` alone."""
+        those of quantized weights that are gated go to planes alone."""
         stride = epilogue.stride or self.rows
         for run in self.runs:
             if columns.batch > 1 and run.quantized:
                 kernel, to_rows = wiring.find("mul_mat_planes_experts", run.type), dst.address + 4 * run.at
                 grid = kernel.grid(nrows=run.rows, groups=columns.n_groups)
                 self.kernels(kernel, grid, run.weights, x.planes, to_rows, self.k, run.rows, self.experts, x.n_padded,
-                             columns.groups, token, stride)  # fmt: skip
+                             columns.groups, token, stride, *epilogue.gate)  # fmt: skip
                 continue
             product = wiring.find("mul_mat_vec_experts", run.type, batch=columns.batch)
             grid = product.grid(nrows=run.rows, groups=columns.n_groups)

@@ -3,7 +3,8 @@
 // and 2p + 1, whose other halves are the next stage. So a thread, which has one of the two, loads its unit once and
 // unpacks half of it a stage, and shares the sectors that it reads with its neighbour. Rows and columns beyond the last
 // repeat it. `mul_mat_planes_experts_*`: the same of a mixture of experts, in tiles of 64 rows and up to 64 columns
-// that have the same expert.
+// that have the same expert. Where rows are gated, a tile has 32 of the first half of them, and their partners of the
+// second.
 #include "experts.h"
 #include "halves.h"
 #include "rows.h"
@@ -17,8 +18,14 @@ struct Problem {
     const int* token;      // or null: of the tile's columns, which of those of y they are
     uint32_t units, y_units, nrows, first_row, columns;
     uint32_t above, all_rows;  // rows of x that lie above those of the product, and all of them
+    bool gated;
 
-    HQ_MEMBER uint32_t row(uint32_t r) const { return above + (first_row + r < nrows ? first_row + r : nrows - 1); }
+    HQ_MEMBER uint32_t pairs_of_rows() const { return nrows / 2; }
+    HQ_MEMBER uint32_t row(uint32_t r) const {
+        if (!gated) return above + (first_row + r < nrows ? first_row + r : nrows - 1);
+        const uint32_t pair = first_row / 2 + r % (kNarrow / 2), last = pairs_of_rows() - 1;
+        return above + (pair < last ? pair : last) + (r < kNarrow / 2 ? 0 : pairs_of_rows());
+    }
     HQ_MEMBER uint32_t column(uint32_t c) const {  // where it begins, in bytes
         c = c < columns ? c : columns - 1;
         return (token ? (uint32_t)token[c] : c) * y_units * kActivationBytes;
@@ -40,6 +47,24 @@ struct Results {
         if ((uint32_t)r + 1 >= rows) return write(r, c, v);
         if ((uint32_t)c < columns)
             store<4>(dst + (uint64_t)c * stride + r, Words<8>{{bits<uint32_t>(v), bits<uint32_t>(next)}});
+    }
+};
+
+// Of each column of a narrow tile whose rows are gated, 32 activations. Rows that are 36 apart lie in different banks.
+struct GatedTile {
+    Float4 v[kNarrow][kNarrow / 8 + 1];
+
+    HQ_MEMBER void put(int r, int c, float gate, float up) { v[c][r / 4].v[r % 4] = silu(gate) * up; }
+    // To columns q, in planes: a team has 16, its lanes 4 values each of 4 at a time.
+    HQ_MEMBER void store(const Problem& p, uint8_t* q, int n_padded) const {
+        const int lane = thread_x(), i = (int)p.first_row / 2 + lane % 8 * 4;
+#pragma unroll 1
+        for (int c = thread_y() * 16 + lane / 8, end = thread_y() * 16 + 16; c < end; c += 4) {
+            const bool inside = (uint32_t)c < p.columns;
+            Float4 four = v[c][lane % 8];
+            for (int j = 0; j < 4; j++) four.v[j] = (uint32_t)(i + j) < p.pairs_of_rows() ? four.v[j] : 0;
+            store_activations<4>(q + (inside ? c : 0) * column_bytes(n_padded), n_padded, i, four.v, inside);
+        }
     }
 };
 
@@ -211,6 +236,13 @@ template <class Q, int kTile> struct ByMatrixUnits {
             for (int i = 0; i < 4; i += 2)
                 to.write(8 * n + lane % 4 * 2, column + 4 * i, acc.v[n][i] / kRaise, acc.v[n][i + 1] / kRaise);
     }
+    HQ_MEMBER void gate(GatedTile& to) const {
+#pragma unroll
+        for (int n = 0; n < kTile / 16; n++)
+            for (int i = 0; i < 4; i++)
+                to.put(8 * n + lane % 4 * 2 + i % 2, column + i / 2 * 8, acc.v[n][i] / kRaise,
+                    acc.v[n + kTile / 16][i] / kRaise);
+    }
 };
 
 // By dot4, of integers: a thread takes rows that are 16 apart and columns that are kColumnStep apart.
@@ -322,6 +354,12 @@ template <class Q, int kTile> struct ByDots {
 #pragma unroll
             for (int n = 0; n < kN; n++) to.write(row + 16 * m, column + kColumnStep * n, acc[m][n]);
     }
+    HQ_MEMBER void gate(GatedTile& to) const {
+#pragma unroll
+        for (int m = 0; m < kM / 2; m++)
+#pragma unroll
+            for (int n = 0; n < kN; n++) to.put(row + 16 * m, column + kColumnStep * n, acc[m][n], acc[m + kM / 2][n]);
+    }
 };
 
 template <class Q, int kTile, bool = kMatrixUnits> struct Choose {
@@ -331,36 +369,46 @@ template <class Q, int kTile> struct Choose<Q, kTile, false> {
     using Type = ByDots<Q, kTile>;
 };
 
-// A tile; its columns are those of the results from `first` on.
-template <class Q, int kTile>
-HQ_INLINE void multiply(const Problem& p, float* dst, uint32_t first, uint32_t nrows_dst) {
-    using Product = typename Choose<Q, kTile>::Type;
-    HQ_SHARED typename Product::Tile tile;
-    Product product(p, thread_y() * 32 + thread_x());
-    product.multiply(tile, p);
-    product.store({dst + (uint64_t)first * nrows_dst + p.first_row, nrows_dst, p.nrows - p.first_row, p.columns});
-}
-
 template <class Q>
 HQ_INLINE void mul_mat_planes(
     const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int n_padded, int nrows_dst) {
+    using Product = typename Choose<Q, kWide>::Type;
+    HQ_SHARED typename Product::Tile tile;
     const uint32_t column = block_y() * kWide, nrows = (uint32_t)nrows_x;
     const Problem p{(const uint8_t*)x, (const uint8_t*)y + column * column_bytes(n_padded), nullptr,
         (uint32_t)(ncols_x + kUnitWeights - 1) / kUnitWeights, (uint32_t)n_padded / kUnitWeights, nrows,
-        block_x() * kWide, (uint32_t)ncols_y - column, 0, nrows};
-    multiply<Q, kWide>(p, dst, column, (uint32_t)nrows_dst);
+        block_x() * kWide, (uint32_t)ncols_y - column, 0, nrows, false};
+    Product product(p, thread_y() * 32 + thread_x());
+    product.multiply(tile, p);
+    const uint32_t stride = (uint32_t)nrows_dst;
+    product.store({dst + (uint64_t)column * stride + p.first_row, stride, nrows - p.first_row, p.columns});
 }
 
-// Column c of the results is column token[c] of y; c, where `token` is null.
+// Column c of the results, in q where they are gated, or else in dst, is column token[c] of y; c, where `token` is
+// null.
 template <class Q>
 HQ_INLINE void mul_mat_planes_experts(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int n_expert,
-    int n_padded, const ExpertGroup& group, const int* token, int nrows_dst) {
+    int n_padded, const ExpertGroup& group, const int* token, int nrows_dst, uint8_t* q, int n_padded_q) {
+    using Product = typename Choose<Q, kNarrow>::Type;
+    HQ_SHARED union {
+        typename Product::Tile tile;
+        GatedTile gated;
+    } shared;
     const uint32_t nrows = (uint32_t)nrows_x, first = (uint32_t)group.first;
     const Problem p{(const uint8_t*)x, (const uint8_t*)y + (token ? 0 : first * column_bytes(n_padded)),
         token ? token + first : nullptr, (uint32_t)(ncols_x + kUnitWeights - 1) / kUnitWeights,
         (uint32_t)n_padded / kUnitWeights, nrows, block_x() * kNarrow, (uint32_t)group.columns,
-        (uint32_t)group.expert * nrows, (uint32_t)n_expert * nrows};
-    multiply<Q, kNarrow>(p, dst, first, (uint32_t)nrows_dst);
+        (uint32_t)group.expert * nrows, (uint32_t)n_expert * nrows, q != nullptr};
+    Product product(p, thread_y() * 32 + thread_x());
+    product.multiply(shared.tile, p);
+    if (q) {
+        barrier();
+        product.gate(shared.gated);
+        barrier();
+        return shared.gated.store(p, q + first * column_bytes(n_padded_q), n_padded_q);
+    }
+    const uint32_t stride = (uint32_t)nrows_dst;
+    product.store({dst + (uint64_t)first * stride + p.first_row, stride, nrows - p.first_row, p.columns});
 }
 
 #define HQ_MUL_MAT(suffix, Q)                                                                                         \
@@ -372,12 +420,13 @@ HQ_INLINE void mul_mat_planes_experts(const void* x, const void* y, float* dst, 
     }                                                                                                                 \
     HQ_RESIDENT_KERNEL(2 * kNarrow, 4)                                                                                \
     mul_mat_planes_experts_##suffix(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int n_expert, \
-        int n_padded, const int* groups, const int* token, int nrows_dst) {                                           \
+        int n_padded, const int* groups, const int* token, int nrows_dst, void* q, int n_padded_q) {                  \
         let_next_begin();                                                                                             \
         wait_for_inputs();                                                                                            \
         const ExpertGroup group = ((const ExpertGroup*)groups)[block_y()];                                            \
         if (group.columns == 0) return;                                                                               \
-        mul_mat_planes_experts<Q>(x, y, dst, ncols_x, nrows_x, n_expert, n_padded, group, token, nrows_dst);          \
+        mul_mat_planes_experts<Q>(                                                                                    \
+            x, y, dst, ncols_x, nrows_x, n_expert, n_padded, group, token, nrows_dst, (uint8_t*)q, n_padded_q);       \
     }
 HQ_PLANES(HQ_MUL_MAT)
 #undef HQ_MUL_MAT
