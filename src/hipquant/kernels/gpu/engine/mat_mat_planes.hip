@@ -130,15 +130,18 @@ template <class Q, int kTile> struct ByMatrixUnits {
     Sums acc = {};
     [[maybe_unused]] Sums sums;  // of a half of a unit
     float d[2][2];               // of the stage: of a unit and a column
-    uint32_t a[2][2][4];         // activations of the stage: of a unit and a step along k
+    uint32_t a[2][2][4] = {};    // activations of the stage: of a unit and a step along k
     ThreadUnit<P> weights;
     Columns columns;
     int lane, column;
-    bool has_columns;  // the team, or what it makes is not stored
+    bool has_columns;  // or what the team makes is not stored
 
     HQ_MEMBER ByMatrixUnits(const Problem& p, int thread) : weights(p, thread) {
-        has_columns = kTile == kWide || (uint32_t)thread / 32 * 16 < p.columns;
-        lane = thread % 32, column = thread / 32 * 16 + lane / 4;
+        uint32_t place = (uint32_t)thread / 32;
+        // Blocks take turns in which of their teams has no columns, as each has its quarter of a multiprocessor.
+        if (kTile != kWide) place = (place + block_x()) % (kTile / 16);
+        has_columns = kTile == kWide || place * 16 < p.columns;
+        lane = thread % 32, column = (int)place * 16 + lane / 4;
         columns.column[0] = p.column(column), columns.column[1] = p.column(column + 8);
         columns.y = p.y, columns.units = p.y_units, columns.t = lane % 4;
     }
@@ -167,6 +170,7 @@ template <class Q, int kTile> struct ByMatrixUnits {
         }
     }
     HQ_MEMBER void take_columns() {
+        if (!has_columns) return;
         constexpr uint32_t kMinus = kMinus1024 + both(128);
 #pragma unroll
         for (int u = 0; u < 2; u++)
@@ -183,6 +187,7 @@ template <class Q, int kTile> struct ByMatrixUnits {
     HQ_MEMBER void begin(int u, const Weights& b) { begin_products<kTile>(sums.v, a[u], b.chunk, sizeof b.chunk[0]); }
     HQ_MEMBER void add(int u, const Weights&) {
         finish_products<kTile>(sums.v);
+        if (!has_columns) return;
 #pragma unroll
         for (int n = 0; n < kTile / 8; n++)
             for (int i = 0; i < 4; i++) acc.v[n][i] = __builtin_fmaf(sums.v[n][i], d[u][i / 2], acc.v[n][i]);
@@ -211,7 +216,7 @@ template <class Q, int kTile> struct ByMatrixUnits {
         show_to_matrix_units(b);
         barrier();
         take_columns();
-        columns.load(kHalf ? p.behind(pair) : pair, !kHalf);
+        if (has_columns) columns.load(kHalf ? p.behind(pair) : pair, !kHalf);
         begin(0, b[0]);
         store_weights<!kHalf>(tile.weights[!kHalf]);
         if (kHalf == 0) weights.load(p.behind(pair));
