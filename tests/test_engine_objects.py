@@ -109,7 +109,7 @@ def test_instructions_that_a_target_has(target: GpuTarget) -> None:
             unused, used = ("dot4", "matrix") if target.vendor == "nvidia" and row.batch > 2 else ("matrix", "dot4")
             assert bool(facts[row.name][used]) == (target.dot4 and row.type in WEIGHT_TYPES), row.name
             assert facts[row.name][unused] == 0, row.name
-        if row.family == "mul_mat_planes":
+        if row.family in ("mul_mat_planes", "mul_mat_planes_experts"):
             assert bool(facts[row.name]["dot4"] + facts[row.name]["matrix"]) == target.dot4, row.name
 
 

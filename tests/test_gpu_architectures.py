@@ -75,7 +75,9 @@ def test_rows_are_taken_part_by_part(
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize(("name", "launches"), [("qwen2", 5), ("phi2", 7), ("phi3", 5), ("gemma2", 7), ("mixtral", 8)])
+@pytest.mark.parametrize(
+    ("name", "launches"), [("qwen2", 5), ("phi2", 7), ("phi3", 5), ("gemma2", 7), ("mixtral", 6), ("qwen3moe", 7)]
+)
 def test_launches_of_a_layer(name: str, launches: int, gpu: SimulatedGpu, tmp_path: Path) -> None:
     """In a short pass; beside them the embedding and its scale, the first or last norm, logits and their bound, and
     `quantize_q8`, as heads of 80 and 72 are no whole blocks of 32."""

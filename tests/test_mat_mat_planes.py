@@ -1,4 +1,5 @@
-"""`mul_mat_planes_*`: tiles of weights in planes times activations in planes, against float64.
+"""`mul_mat_planes_*`, `mul_mat_planes_experts_*`: tiles of weights in planes times activations in planes, against
+float64.
 
 The kernels are simulated under AddressSanitizer and UBSan, by matrix units and by dot products. Where AMD_EMULATOR
 names a checkout of tinygrad, its emulator executes the machine code of four AMD targets as well.
@@ -20,6 +21,7 @@ from hipquant.quants import WEIGHT_TYPES, QuantType, activation_bytes, padded, p
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.cases import random_blocks
 from hipquant.toolchain.simulate import Simulator
+from planes import decoded, parts_of
 
 Raw = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -142,3 +144,73 @@ def test_small_and_great_weights(backend: tuple[Backend, float]) -> None:
     w = reference.dequantize(kind, blocks.reshape(rows, -1), (rows, k)).astype(np.float64)
     for i in range(rows):
         assert reference.nmse(found[:, i], values @ w[i]) < tolerance
+
+
+# Expert, first column, columns: more than a team's 16, all of a tile, and experts without any.
+GROUPS = [(3, 0, 64), (3, 64, 5), (0, 69, 1), (0, 0, 0), (4, 70, 33), (1, 103, 16)]
+EXPERTS, COLUMNS, TOKENS = 5, 119, 21
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda t: t.suffix)
+@pytest.mark.parametrize(
+    ("rows", "nblocks", "tokens"),
+    [
+        (1, 1, True),  # half a unit
+        (66, 5, False),  # an odd number of units, the last one half empty, and a second tile with 2 rows
+        (64, 24, True),
+    ],
+)
+def test_product_of_experts(
+    backend: tuple[Backend, float], kind: QuantType, rows: int, nblocks: int, tokens: bool
+) -> None:
+    """The rows of an expert times its columns, which `tokens` are found by their tokens; nothing else is written."""
+    run, tolerance = backend
+    stored = np.full((COLUMNS, rows + GUARD), np.nan, np.float32)
+    expected = run_experts(run, kind, rows, padded(32 * nblocks, kind.block_size), tokens, (stored, rows + GUARD, 0, 0))
+    assert np.isnan(stored[:, rows:]).all()
+    assert reference.nmse(stored[:, :rows], expected) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q6_K"])
+@pytest.mark.parametrize("pairs", [3, 64, 70])
+def test_gated_product_of_experts(backend: tuple[Backend, float], kind: str, pairs: int) -> None:
+    """SiLU of the first half of the rows times the second one, in planes of 32 that have one scale."""
+    run, tolerance = backend
+    n_padded = padded(pairs, UNIT)
+    q = np.zeros((COLUMNS, activation_bytes(n_padded)), np.uint8)
+    products = run_experts(run, quant_type(kind), 2 * pairs, 256, True, (0, 0, q, n_padded), 0.03)
+    gate, up = products[:, :pairs], products[:, pairs:]
+    with np.errstate(over="ignore"):
+        gated = np.pad(gate / (1 + np.exp(-gate)) * up, ((0, 0), (0, n_padded - pairs)))
+    found = decoded(q, n_padded)
+    biggest = np.abs(gated).reshape(COLUMNS, -1, 32).max(-1).repeat(32, axis=-1)
+    limit = 0.51 / 127 * biggest + 10 * np.sqrt(tolerance) * np.abs(gated).max()
+    assert (np.abs(found - gated) <= limit).all()
+    quants, _, sums = parts_of(q, n_padded)
+    np.testing.assert_array_equal(sums, quants.reshape(COLUMNS, -1, 16).sum(-1, dtype=np.int16))
+
+
+def run_experts(
+    run: Backend,
+    kind: QuantType,
+    rows: int,
+    k: int,
+    tokens: bool,
+    outputs: tuple[Raw | Floats | int, ...],
+    deviation: float = 1,
+) -> Wide:
+    """Launches `mul_mat_planes_experts_*` to dst, its stride, q and n_padded_q; float64 of the products."""
+    rng = np.random.default_rng([rows, k, tokens])
+    planes, w = weights(run, kind, EXPERTS * rows, k)
+    x = deviation * rng.standard_normal((TOKENS if tokens else COLUMNS, k))
+    y, values = activations(x.astype(np.float32))
+    token = rng.integers(0, TOKENS, COLUMNS, np.int32) if tokens else np.arange(COLUMNS, dtype=np.int32)
+    groups = np.array([(*group, 0) for group in GROUPS], np.int32)
+    row = wiring.find("mul_mat_planes_experts", kind)
+    (dst, *rest), sizes = outputs, (k, rows, EXPERTS, padded(k))
+    run.launch(
+        row, row.grid(nrows=rows, groups=len(groups)),
+        (planes, y, dst, *sizes, groups, token if tokens else 0, *rest),
+    )  # fmt: skip
+    expert = np.repeat(groups[:, 0], groups[:, 2])
+    return np.asarray(np.einsum("ck,crk->cr", values[token], w.reshape(EXPERTS, rows, k)[expert]))

@@ -1,4 +1,4 @@
-"""A mixture of experts on a GPU: choosing and sorting them, `mul_mat_vec_experts_*`, and `mul_mat_vec_mixed_*`.
+"""A mixture of experts on a GPU: choosing and sorting them, `router_*`, `mul_mat_vec_experts_*`, `mul_mat_vec_mixed_*`.
 
 The kernels are simulated under AddressSanitizer and UBSan. Where AMD_EMULATOR names a checkout of tinygrad, its
 emulator executes the machine code of four AMD targets as well.
@@ -25,21 +25,27 @@ Ints = npt.NDArray[np.int32]
 
 NULL, POISON, EPS = 0, 0xA5, 1e-5
 STORE, GATE = EpilogueKind.STORE, EpilogueKind.GATE
-SOURCES = ["repack", "activation", "mat_vec_experts"]
+SOURCES = ["repack", "activation", "choose_experts", "mat_vec_experts"]
 pytestmark = pytest.mark.skipif(
     not simulate.can_sanitize(),
     reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
 )
-WAVES = [pytest.param(wave, id=f"wave{wave}") for wave in (32, 64)]
+SIMULATED = [
+    pytest.param((32, False), id="wave32"),
+    pytest.param((64, False), id="wave64"),
+    pytest.param((32, True), id="wave32-matrix-units"),  # there a team takes more rows at a time
+]
 EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
 
 
-@pytest.fixture(scope="module", params=WAVES + EMULATED)
+@pytest.fixture(scope="module", params=SIMULATED + EMULATED)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     if isinstance(request.param, str):
         found: Backend = emulator.engine(request.param)
     else:
-        found = simulate.build(request.param, True, [gpu.ENGINE / f"{name}.hip" for name in SOURCES])
+        wave, units = request.param
+        sources = [gpu.ENGINE / f"{name}.hip" for name in SOURCES]
+        found = simulate.build(wave, True, sources, matrix_units=units)
     yield found
     found.close()
 
@@ -65,7 +71,7 @@ def choose(backend: Backend, logits: Floats, used: int) -> tuple[Ints, Floats, I
     """Experts and weights [token][choice], and of each choice its group and token."""
     n, experts = logits.shape
     found = ints(n, used), poison(n, used), ints(n * used, 4), ints(n * used)
-    launch(backend, "choose_experts_q8", {"ntokens": n}, logits, *found, experts, used)
+    launch(backend, "choose_experts_q8", {"ntokens": n}, logits, *found, NULL, NULL, experts, used)
     return found
 
 
@@ -99,22 +105,35 @@ def test_logits_that_are_no_numbers_choose_experts_that_there_are(backend: Backe
     assert np.isnan(weights).any(axis=1).all()
 
 
-@pytest.mark.parametrize(("experts", "used", "n"), [(8, 2, 9), (40, 5, 61), (3, 3, 1), (512, 32, 11)])
+@pytest.mark.parametrize(
+    ("experts", "used", "n", "most"),
+    [(8, 2, 9, 8), (40, 5, 61, 8), (3, 3, 70, 64), (512, 32, 11, 64), (1, 1, 9, 8), (32, 32, 131, 64)],
+)
 def test_columns_are_sorted_by_expert(
-    backend: Backend, rng: np.random.Generator, experts: int, used: int, n: int
+    backend: Backend, rng: np.random.Generator, experts: int, used: int, n: int, most: int
 ) -> None:
-    chosen = np.stack([rng.permutation(experts)[:used] for _ in range(n)]).astype(np.int32)
-    most = n * used // 8 + experts
-    groups, token, column = ints(most, 4), ints(n * used), ints(n * used)
-    launch(backend, "sort_experts_q8", {}, chosen, groups, token, column, used, n, most)
-    order = np.argsort(chosen.ravel(), kind="stable")
-    np.testing.assert_array_equal(column[order], np.arange(n * used))
-    np.testing.assert_array_equal(token, order // used)
+    """Those of an expert lie side by side, in any order; the counts are 0 again."""
+    choices = n * used
+    chosen, weights, counts = ints(n, used), poison(n, used), np.zeros(experts, np.int32)
+    ngroups = choices // most + experts
+    groups, token, column = ints(ngroups, 4), ints(choices), ints(choices)
+    logits = normal(rng, n, experts)
+    launch(backend, "choose_experts_q8", {"ntokens": n}, logits, chosen, weights, NULL, NULL, counts, column, experts,
+           used)  # fmt: skip
+    np.testing.assert_array_equal(chosen, np.argsort(-logits, axis=1, kind="stable")[:, :used])
+    in_each = np.bincount(chosen.ravel(), minlength=experts)
+    np.testing.assert_array_equal(counts, in_each)
+    sizes = experts, used, n, most, ngroups
+    launch(backend, "sort_experts_q8", {}, chosen, counts, groups, token, column, *sizes)
+    assert not counts.any()
+    assert sorted(column) == list(range(choices))
+    np.testing.assert_array_equal(token[column], np.arange(choices) // used)
+    assert (np.diff(chosen.ravel()[np.argsort(column)]) >= 0).all()
     expected, first = [], 0
-    for expert, count in enumerate(np.bincount(chosen.ravel(), minlength=experts).tolist()):
-        expected += [[expert, first + at, min(8, count - at), 0] for at in range(0, count, 8)]
+    for expert, count in enumerate(in_each.tolist()):
+        expected += [[expert, first + at, min(most, count - at), 0] for at in range(0, count, most)]
         first += count
-    assert groups.tolist() == expected + [[0] * 4] * (most - len(expected))
+    assert groups.tolist() == expected + [[0] * 4] * (ngroups - len(expected))
 
 
 class Experts:
@@ -181,8 +200,11 @@ def run(
     return expected
 
 
-@pytest.mark.parametrize("kind", MATRIX_TYPES, ids=lambda t: t.suffix)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(kind, shape) for kind in MATRIX_TYPES for shape in SHAPES if shape.batch == 1 or kind in FLOAT_TYPES],
+    ids=str,
+)
 def test_products(backend: Backend, rng: np.random.Generator, kind: QuantType, shape: Shape) -> None:
     """Stored in the middle of longer columns; nothing else is written."""
     w = Experts(backend, rng, kind, 5, shape.rows, shape.k, 12)
@@ -194,8 +216,14 @@ def test_products(backend: Backend, rng: np.random.Generator, kind: QuantType, s
     assert np.isnan(dst[:, 3 + shape.rows :]).all()
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "Q6_K", "F32"])
-@pytest.mark.parametrize("shape", [Shape(1, 2 * 64, 256, True, True), Shape(8, 2 * 96, 160, True)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        *((kind, Shape(1, 2 * 64, 256, True, True)) for kind in ("Q4_K", "Q8_0", "Q6_K", "F32")),
+        ("BF16", Shape(8, 2 * 96, 160, True)),
+    ],
+    ids=str,
+)
 def test_gated(backend: Backend, rng: np.random.Generator, kind: str, shape: Shape) -> None:
     """SiLU of the first half of the rows times the second one, as floats and in planes."""
     type = next(t for t in MATRIX_TYPES if t.name == kind)
@@ -212,17 +240,55 @@ def test_gated(backend: Backend, rng: np.random.Generator, kind: str, shape: Sha
 
 
 @pytest.mark.parametrize("kind", MATRIX_TYPES, ids=lambda t: t.suffix)
-@pytest.mark.parametrize(("used", "rows", "k"), [(1, 9, 64), (5, 37, 96), (3, 16, 2304)])
+@pytest.mark.parametrize(("used", "rows", "k"), [(1, 9, 64), (5, 37, 96), (3, 64, 2304), (6, 3, 768)])
 def test_mixed(backend: Backend, rng: np.random.Generator, kind: QuantType, used: int, rows: int, k: int) -> None:
-    """What the experts of a token give, weighted and added; a lane of a team may have units of several of them."""
+    """What the experts of a token give, weighted, is added to the residual stream, which is normed up to the division
+    by rms; a lane of a team may have units of several experts."""
     n, w = 2, Experts(backend, rng, kind, 6, rows, k, 2 * used)
     experts = np.stack([rng.permutation(6)[:used] for _ in range(n)]).astype(np.int32)
-    weights, dst = rng.random((n, used), np.float32), poison(n, rows)
+    weights, residual, norm = rng.random((n, used), np.float32), normal(rng, n, rows + 5), normal(rng, rows)
+    groups, n_padded = -(-rows // 32), padded(rows, UNIT)
+    x, normed, sums = residual.copy(), poison(n, n_padded), poison(n, groups)
+    q = np.zeros((n, n_padded // UNIT * UNIT_BYTES), np.uint8)
     kernel = wiring.find("mul_mat_vec_mixed", kind)
     sizes = w.k, rows, 6, used, w.n_padded
-    backend.launch(kernel, kernel.grid(nrows=rows, ntokens=n), (w.w, w.y, *sizes, experts, weights, dst))
+    to = x, x.shape[1], norm, normed, q, sums, n_padded
+    backend.launch(kernel, kernel.grid(nrows=rows, ntokens=n), (w.w, w.y, *sizes, experts, weights, *to))
     expected = np.einsum("tjk,tjrk,tj->tr", w.x.reshape(n, used, -1), w.values[experts], weights.astype(np.float64))
-    assert reference.nmse(dst, expected) <= 1e-11
+    assert reference.nmse(x[:, :rows], residual[:, :rows] + expected) <= 1e-11
+    np.testing.assert_array_equal(x[:, rows:], residual[:, rows:])
+    squares = np.pad(x[:, :rows].astype(np.float64) ** 2, ((0, 0), (0, groups * 32 - rows))).reshape(n, groups, 32)
+    np.testing.assert_allclose(sums, squares.sum(-1), rtol=1e-6)
+    np.testing.assert_array_equal(normed[:, :rows], x[:, :rows] * norm)
+    assert np.isnan(normed[:, rows:]).all()
+    check_planes(q, normed[:, :rows], n_padded)
+
+
+@pytest.mark.parametrize("kind", FLOAT_TYPES, ids=lambda t: t.suffix)
+@pytest.mark.parametrize(
+    ("experts", "used", "k", "squares"),
+    [(1, 1, 32, False), (8, 2, 100, True), (130, 8, 2048, True), (5, 3, 5000, False)],
+)
+def test_router(
+    backend: Backend, rng: np.random.Generator, kind: QuantType, experts: int, used: int, k: int, squares: bool
+) -> None:
+    """Logits, and the experts that `choose_experts_q8` finds by them; counters are 0 again."""
+    n, w = 3, Experts(backend, rng, kind, 1, experts, k, 3)
+    sums = rng.uniform(1, 99, (n, -(-k // 32))).astype(np.float32)
+    logits, counters = poison(n, experts), np.zeros(n, np.int32)
+    found = ints(n, used), poison(n, used), ints(n * used, 4), ints(n * used)
+    row = wiring.find("router", kind)
+    backend.launch(
+        row, row.grid(n_expert=experts, ntokens=n),
+        (w.w, w.y, sums if squares else NULL, EPS, k, experts, w.n_padded, logits, counters, *found, used),
+    )  # fmt: skip
+    expected = w.x @ w.values[0].T
+    if squares:
+        expected /= np.sqrt(sums.sum(-1, dtype=np.float64, keepdims=True) / k + EPS)
+    assert reference.nmse(logits, expected) <= 1e-11
+    for mine, theirs in zip(found, choose(backend, logits, used), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert not counters.any()
 
 
 def test_what_experts_give_is_added(backend: Backend, rng: np.random.Generator) -> None:

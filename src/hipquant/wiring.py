@@ -35,7 +35,8 @@ PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are 
 MAX_GRID_Y = 65535
 PACK_ROWS = 16  # rows that the engine's packed weights interleave
 CACHE_TYPES = ("f16", "q8_0")  # of the KV cache on a GPU
-EXPERT_BATCHES = (1, 8)  # columns of one expert that the mul_mat_vec_experts kernels are compiled for
+EXPERT_TILE = 64  # rows and columns of one expert that a block of mul_mat_planes_experts takes
+FLOAT_EXPERT_BATCH = 8  # columns of one expert that mul_mat_vec_experts takes at most, of float weights
 QUANTIZE_PART = 4096  # weights of a block of the grid of quantize_weights
 
 
@@ -513,18 +514,30 @@ def _gpu_engine() -> Iterator[Kernel]:
 def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
     """Of a mixture of experts on GPUs: the weights of all experts are one matrix, of n_expert times `nrows_x` rows.
 
-    `groups` of at most as many columns as a kernel is compiled for have an expert each; a column is row `token` of the
-    activations, or its own. A token has `n_used` experts; `column` finds what they give for it.
+    `groups` of at most as many columns as a kernel takes have an expert each; a column is row `token` of the
+    activations, or its own. A token has `n_used` experts; `column` finds what they give for it. In a long pass
+    `counts`, which are 0 between launches of `sort_experts_q8`, say how many columns an expert has.
     """
     yield kernel(
         "choose_experts_q8",
-        "const float* logits, int* experts, float* weights, int* groups, int* token, int n_expert, int n_used",
+        "const float* logits, int* experts, float* weights, int* groups, int* token, int* counts, int* column,"
+        " int n_expert, int n_used",
         (128, 1, 1),
         lambda ntokens: (ntokens, 1, 1),
     )
+    for t in FLOAT_TYPES:
+        yield kernel(
+            f"router_{t.suffix}",
+            "const void* x, const void* y, const float* squares, float eps, int ncols_x, int n_expert, int n_padded,"
+            " float* logits, int* counters, int* experts, float* weights, int* groups, int* token, int n_used",
+            (128, 1, 1),
+            lambda n_expert, ntokens: (n_expert, ntokens, 1),
+            t,
+        )
     yield kernel(
         "sort_experts_q8",
-        "const int* experts, int* groups, int* token, int* column, int n_used, int ntokens, int ngroups",
+        "const int* experts, int* counts, int* groups, int* token, int* column, int n_expert, int n_used, int ntokens,"
+        " int most, int ngroups",
         (512, 1, 1),
         lambda: (1, 1, 1),
     )
@@ -535,7 +548,16 @@ def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
         lambda n, ntokens: (_ceil(n, 256), ntokens, 1),
     )
     for t in WEIGHT_TYPES + FLOAT_TYPES:
-        for b in EXPERT_BATCHES:
+        if t in WEIGHT_TYPES:
+            yield kernel(
+                f"mul_mat_planes_experts_{t.suffix}",
+                "const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int n_expert, int n_padded,"
+                " const int* groups, const int* token, int nrows_dst, void* q, int n_padded_q",
+                (32, EXPERT_TILE // 16, 1),
+                lambda nrows, groups: (_ceil(nrows, EXPERT_TILE), groups, 1),
+                t,
+            )
+        for b in (1,) if t in WEIGHT_TYPES else (1, FLOAT_EXPERT_BATCH):
             yield kernel(
                 f"mul_mat_vec_experts_{t.suffix}_{b}",
                 "const void* x, const void* y, const float* squares, float eps, int ncols_x, int nrows_x, int n_expert,"
@@ -549,9 +571,10 @@ def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
         yield kernel(
             f"mul_mat_vec_mixed_{t.suffix}",
             "const void* x, const void* y, int ncols_x, int nrows_x, int n_expert, int n_used, int n_padded,"
-            " const int* experts, const float* weights, float* dst",
-            (32, 4, 1),
-            lambda nrows, ntokens: (_ceil(nrows, 8), ntokens, 1),
+            " const int* experts, const float* weights, float* dst, int nrows_dst, const float* weight, float* normed,"
+            " void* q, float* sums, int n_padded_q",
+            (32, 16, 1),
+            lambda nrows, ntokens: (_ceil(nrows, 32), ntokens, 1),
             t,
         )
 

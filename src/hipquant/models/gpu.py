@@ -33,8 +33,8 @@ class GpuBlocks(Blocks[Products]):
     In a short pass a layer takes five launches where the types of its queries, keys and values, and of its gate and up
     matrices, agree: QKV with RoPE and the cache, attention, output with residual and norm, gate and up with SiLU, down
     with residual and the next norm. RoPE and the cache take another one where queries or keys are normed, or the cache
-    is not halves. A long pass takes ten. With experts a short pass takes eight: the router, their choice and the next
-    norm are launches of their own.
+    is not halves. A long pass takes ten. With experts a short pass takes six: the router is one more, and chooses
+    them; where it is quantized, their choice is another one.
     """
 
     device_sampling = True
@@ -299,8 +299,8 @@ class GpuBlocks(Blocks[Products]):
         s, x = self.sizes, self.gated
         if self.mixture is not None and layer.ffn_norm is not None and layer.router is not None:
             self._norm(layer.ffn_norm, n, layer.gate_up, layer.router)
-            self.mixture(layer, self.normed, x, n, self.branch)
-            self._branch, self._post_norm, self._fused = (lambda _: None), None, False
+            self._branch = self.mixture(layer, self.normed, x, n, self.x, self.branch)
+            self._post_norm, self._fused = None, n <= MAX_CAPTURED and not s.layer_norm
             return
         if layer.ffn_norm is not None:
             self._norm(layer.ffn_norm, n, layer.gate_up)

@@ -135,9 +135,16 @@ class Products:
     def of_experts(
         self, x: Activations, dst: Buffer, columns: ExpertColumns, token: Buffer | None, epilogue: Epilogue
     ) -> None:
-        """Columns of x, those of `token` or all, times the weights of their experts."""
+        """Columns of x, those of `token` or all, times the weights of their experts. Of groups of several columns,
+        those of quantized weights that are gated go to planes alone."""
         stride = epilogue.stride or self.rows
         for run in self.runs:
+            if columns.batch > 1 and run.quantized:
+                kernel, to_rows = wiring.find("mul_mat_planes_experts", run.type), dst.address + 4 * run.at
+                grid = kernel.grid(nrows=run.rows, groups=columns.n_groups)
+                self.kernels(kernel, grid, run.weights, x.planes, to_rows, self.k, run.rows, self.experts, x.n_padded,
+                             columns.groups, token, stride, *epilogue.gate)  # fmt: skip
+                continue
             product = wiring.find("mul_mat_vec_experts", run.type, batch=columns.batch)
             grid = product.grid(nrows=run.rows, groups=columns.n_groups)
             sizes = self.k, run.rows, self.experts, x.n_padded
@@ -145,13 +152,18 @@ class Products:
             self.kernels(product, grid, run.weights, x.of(run.quantized, 0), x.squares_of(0), x.eps, *sizes,
                          columns.groups, token, *to)  # fmt: skip
 
-    def mixed(self, x: Activations, dst: Buffer, n: int, used: int, experts: Buffer, weights: Buffer) -> None:
-        """dst[n][rows] = the products of `used` columns of x for each token, weighted and added. One run."""
+    def mixed(
+        self, x: Activations, dst: Buffer, n: int, used: int, experts: Buffer, weights: Buffer, epilogue: Epilogue
+    ) -> None:
+        """dst[n][rows] += the products of `used` columns of x for each token, weighted and added, and what
+        `ADD_AND_NORM` makes of it. One run."""
+        assert epilogue.kind == EpilogueKind.ADD_AND_NORM
         (run,) = self.runs
         product = wiring.find("mul_mat_vec_mixed", run.type)
         sizes = self.k, run.rows, self.experts, used, x.n_padded
         grid = product.grid(nrows=run.rows, ntokens=n)
-        self.kernels(product, grid, run.weights, x.of(run.quantized, 0), *sizes, experts, weights, dst)
+        to = dst, epilogue.stride, *epilogue.norm
+        self.kernels(product, grid, run.weights, x.of(run.quantized, 0), *sizes, experts, weights, *to)
 
     def _mat_vec(
         self, run: Run, x: Activations, dst: Buffer, n: int, first: int, epilogue: Epilogue, bias: bool = True

@@ -414,35 +414,47 @@ HQ_INLINE uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
 #define HQ_ROW_OF_SUMS(how, n) how(c[n][0]), how(c[n][1]), how(c[n][2]), how(c[n][3])
 #define HQ_FOUR_ROWS(how, n) \
     HQ_ROW_OF_SUMS(how, n), HQ_ROW_OF_SUMS(how, n + 1), HQ_ROW_OF_SUMS(how, n + 2), HQ_ROW_OF_SUMS(how, n + 3)
-#define HQ_SUMS(how) HQ_FOUR_ROWS(how, 0), HQ_FOUR_ROWS(how, 4), HQ_FOUR_ROWS(how, 8), HQ_FOUR_ROWS(how, 12)
+#define HQ_32_SUMS(how) HQ_FOUR_ROWS(how, 0), HQ_FOUR_ROWS(how, 4)
+#define HQ_64_SUMS(how) HQ_32_SUMS(how), HQ_FOUR_ROWS(how, 8), HQ_FOUR_ROWS(how, 12)
+#define HQ_32_REGISTERS \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
 #define HQ_64_REGISTERS \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
-    "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-// c (16 rows a team x 128 columns) = a (x 32) * b (32 x 128) of halves, by 4 teams that each have 16 rows, as mma_f16()
-// has them: c[n] is columns from 8n, a[s] is k from 16s. b is shared memory, 4 chunks [column][8 of k] that are `chunk`
-// bytes apart. c may be touched from finish_products() on.
-HQ_INLINE void begin_products(float c[16][4], const uint32_t a[2][4], const void* b, uint32_t chunk) {
+    HQ_32_REGISTERS ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+    "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HQ_WRITTEN(v) "=&f"(v)
+#define HQ_KEPT(v) "+f"(v)
+// Two steps along k of c = a * b, for `columns` columns. Of the operands behind the sums: those of a, where b's chunks
+// of each step are, and a 0.
+#define HQ_BEGIN_PRODUCTS(columns, registers, sums, a0, a1, b0, b1, zero)                                           \
+    asm volatile(                                                                                                   \
+        "{ .reg .pred none, all; setp.ne.u32 none, " zero ", " zero "; setp.eq.u32 all, " zero ", " zero            \
+        "; wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.f16.f16 {" registers       \
+        "}, {" a0 "}, " b0 ", none, 1, 1, 0; wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.f16.f16 {"         \
+        registers "}, {" a1 "}, " b1 ", all, 1, 1, 0; wgmma.commit_group.sync.aligned; }"                           \
+        : sums(HQ_WRITTEN)                                                                                          \
+        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(a[1][0]), "r"(a[1][1]), "r"(a[1][2]),         \
+          "r"(a[1][3]), "l"(first), "l"(first + 2 * chunk / 16), "r"(0)                                             \
+        : "memory")
+// c (16 rows a team x 64 or 128 columns) = a (x 32) * b (32 x kColumns) of halves, by 4 teams that each have 16 rows,
+// as mma_f16() has them: c[n] is columns from 8n, a[s] is k from 16s. b is shared memory, 4 chunks [column][8 of k]
+// that are `chunk` bytes apart. c may be touched from finish_products() on.
+template <int kColumns>
+HQ_INLINE void begin_products(float (*c)[4], const uint32_t a[2][4], const void* b, uint32_t chunk) {
+    static_assert(kColumns == 64 || kColumns == 128, "columns of a product");
     // In units of 16 bytes: the address, the distance of chunks, that of 8 columns from the next.
     const uint64_t first = (shared_address(b) & 0x3FFFF) >> 4 | (uint64_t)(chunk / 16) << 16 | (uint64_t)8 << 32;
-#define HQ_WRITTEN(v) "=&f"(v)
-    asm volatile(
-        "{ .reg .pred none, all; setp.ne.u32 none, %74, %74; setp.eq.u32 all, %74, %74; wgmma.fence.sync.aligned; "
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " HQ_64_REGISTERS
-        ", {%64, %65, %66, %67}, %72, none, 1, 1, 0; "
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " HQ_64_REGISTERS
-        ", {%68, %69, %70, %71}, %73, all, 1, 1, 0; "
-        "wgmma.commit_group.sync.aligned; }"
-        : HQ_SUMS(HQ_WRITTEN)
-        : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(a[1][0]), "r"(a[1][1]), "r"(a[1][2]),
-          "r"(a[1][3]), "l"(first), "l"(first + 2 * chunk / 16), "r"(0)
-        : "memory");
-#undef HQ_WRITTEN
+    if constexpr (kColumns == 64)
+        HQ_BEGIN_PRODUCTS("64", HQ_32_REGISTERS, HQ_32_SUMS, "%32, %33, %34, %35", "%36, %37, %38, %39", "%40", "%41",
+            "%42");
+    else
+        HQ_BEGIN_PRODUCTS("128", HQ_64_REGISTERS, HQ_64_SUMS, "%64, %65, %66, %67", "%68, %69, %70, %71", "%72", "%73",
+            "%74");
 }
-HQ_INLINE void finish_products(float c[16][4]) {
-#define HQ_KEPT(v) "+f"(v)
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : HQ_SUMS(HQ_KEPT)::"memory");
-#undef HQ_KEPT
+template <int kColumns> HQ_INLINE void finish_products(float (*c)[4]) {
+    if constexpr (kColumns == 64)
+        asm volatile("wgmma.wait_group.sync.aligned 0;" : HQ_32_SUMS(HQ_KEPT)::"memory");
+    else asm volatile("wgmma.wait_group.sync.aligned 0;" : HQ_64_SUMS(HQ_KEPT)::"memory");
 }
 // What this thread has written to shared memory is seen by begin_products() behind the next barrier.
 HQ_INLINE void show_to_matrix_units(const void*) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -5,6 +5,7 @@
 #include "attention_prefill.hip"
 #include "activation.hip"
 #include "mat_vec_planes.hip"
+#include "choose_experts.hip"
 #include "mat_vec_experts.hip"
 #include "mat_mat_planes.hip"
 #include "sample.hip"
