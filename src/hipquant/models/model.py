@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_DEFAULT_CONTEXT = 8192
 MAX_SEQUENCES = 1024
+MAX_GRAPHS = 48  # that are kept: of all numbers of sequences there can be more
 
 
 def open_weights(
@@ -49,6 +50,15 @@ class Part(NamedTuple):
     device: Device
     layers: int
     weights_bytes: int
+
+
+class Pass(NamedTuple):
+    """What is launched at once: n tokens, the logits of the last `n_logits`, and tokens drawn from these."""
+
+    n: int
+    n_logits: int = 0
+    draw: bool = False
+    apart: bool = False  # whether each token is of a sequence of its own
 
 
 class Drawing:
@@ -131,8 +141,8 @@ class Model:
         self.file, self.device, self.kernels = weights.file, weights.device, weights.kernels
         self.blocks = blocks
         self.n_vocab, self.context, self.sequences = blocks.sizes.n_vocab, context, sequences
-        self._graphs: dict[tuple[int, int, int, bool], Graph] = {}
-        self._seen: set[tuple[int, int, int, bool]] = set()
+        self._graphs: dict[tuple[int, Pass], Graph] = {}  # of a stage; the one used last at the end
+        self._seen: set[tuple[int, Pass]] = set()
         self._last_drawing: Drawing | None = None  # whose token lies in the input buffers
         self._unread: list[list[Drawing]] = [[] for _ in range(sequences)]
         self._cached: list[list[int]] = [[] for _ in range(sequences)]
@@ -242,9 +252,10 @@ class Model:
             part = ids[at : at + chunk]
             last = at + len(part) == len(ids)
             self._put(part, np.arange(position + at, position + at + len(part)), np.full(len(part), slot))
-            self._run(len(part), 1 if last and every is None else 0)
-            if every is not None:
-                self.blocks.read_output(0, every[at : at + len(part)])
+            if every is None:
+                self._run(Pass(len(part), int(last)))
+            else:
+                self._run_all(every[at : at + len(part)])
             self._cached[slot].extend(part.tolist())
             if progress is not None:
                 progress(at + len(part), len(ids))
@@ -256,8 +267,8 @@ class Model:
     def forward_batch(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> Floats:
         """One next token for each of several sequences: logits [n, n_vocab].
 
-        Each position must be the number of tokens that its sequence holds. A pass takes 8 sequences on a GPU, and 32
-        on the CPU; more take several passes.
+        Each position must be the number of tokens that its sequence holds. A pass takes 64 sequences on a GPU, and 32
+        on the CPU or where that has some of the layers; more take several passes.
         """
         ids, n = self._checked_tokens(tokens), len(tokens)
         if not n == len(positions) == len(sequences) == len(set(sequences)):
@@ -270,51 +281,54 @@ class Model:
                 if position >= self.context:
                     raise ContextLengthError(f"sequence {sequence} has filled the context of {self.context}")
             logits = np.empty((n, self.n_vocab), np.float32)
-            for at in range(0, n, self.blocks.batch):
-                part = slice(at, at + self.blocks.batch)
+            at = 0
+            for size in self.blocks.passes(n):
+                part = slice(at, at + size)
                 self._put(ids[part], np.asarray(positions[part]), np.asarray(sequences[part]))
-                self._run_batch(logits[part])
+                self._run_all(logits[part], apart=size > MAX_CAPTURED)
                 for token, sequence in zip(ids[part].tolist(), sequences[part], strict=True):
                     self._cached[sequence].append(token)
+                at += size
             return logits
 
-    def _run_batch(self, logits: Floats) -> None:
+    def _run_all(self, logits: Floats, apart: bool = False) -> None:
         """A pass over as many tokens as there are rows of logits, all of which it gives."""
         n = len(logits)
-        if n <= MAX_CAPTURED:
-            self._run(n, n)
+        if n <= self.blocks.rows:
+            self._run(Pass(n, n, apart=apart))
             self.blocks.read_logits(n, logits)
         else:
-            self._run(n, 0)
+            self._run(Pass(n, apart=apart))
             self.blocks.read_output(0, logits)
 
-    def _run(self, n: int, n_logits: int, draw: bool = False) -> None:
-        """A pass over n tokens with logits of the last `n_logits`, from which it may draw tokens.
-
-        Short passes are captured once and replayed.
-        """
-        for stage, stream in enumerate(self.blocks.stages(n)):
-            key = stage, n, n_logits, draw
+    def _run(self, what: Pass) -> None:
+        """Short passes, and those over tokens of as many sequences, are captured once and replayed."""
+        for stage, stream in enumerate(self.blocks.stages(what.n, what.apart)):
+            key = stage, what
             if key in self._graphs:
-                self._graphs[key].launch(stream)
-            elif n > self.blocks.batch or key not in self._seen:  # the first one loads what it needs, not captured
-                self._launch(n, n_logits, draw)
+                self._graphs[key] = self._graphs.pop(key)
+            elif (what.n > MAX_CAPTURED and not what.apart) or key not in self._seen:
+                self._launch(what)  # the first one loads what it needs, not captured
                 self._seen.add(key)
+                continue
             else:
                 self._capture(stream, key)
-                self._graphs[key].launch(stream)
+            self._graphs[key].launch(stream)
 
-    def _capture(self, stream: Stream, key: tuple[int, int, int, bool]) -> None:
+    def _capture(self, stream: Stream, key: tuple[int, Pass]) -> None:
         with stream.capture() as graph:
-            self._launch(*key[1:])
+            self._launch(key[1])
         self._graphs[key] = graph
+        if len(self._graphs) > MAX_GRAPHS:
+            stream.synchronize()  # the oldest one may be under way
+            del self._graphs[next(iter(self._graphs))]
 
-    def _launch(self, n: int, n_logits: int, draw: bool) -> None:
-        self._step(n)
-        if n_logits:
-            self.blocks.output(n - n_logits, n_logits)
-        if draw:
-            self.blocks.sample(n_logits)
+    def _launch(self, what: Pass) -> None:
+        self._step(what.n)
+        if what.n_logits:
+            self.blocks.output(what.n - what.n_logits, what.n_logits)
+        if what.draw:
+            self.blocks.sample(what.n_logits)
 
     def extend(
         self, tokens: Sequence[int], sequence: int = 0, progress: Callable[[int, int], None] | None = None
@@ -368,7 +382,7 @@ class Model:
                 return None
             self._last_drawing, begun = None, Event()
             begun.record(self.kernels.stream)
-            self._run(1, 1, draw=True)
+            self._run(Pass(1, 1, draw=True))
             self._cached[last.sequence].append(last.mark if last.token is None else last.token)
             return self._note(last.sequence, last.position + 1, sampler, begun)
 
