@@ -13,7 +13,7 @@ import hipquant as hq
 from hipquant.codeobjects import ENGINE
 from hipquant.errors import InvalidCodeObjectError, InvalidModelFileError, OutOfDeviceMemoryError
 from hipquant.models import gpu as engine
-from hipquant.models import model as base
+from hipquant.models import passes
 from hipquant.models.layers import MAX_AT_ONCE, Floats
 from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType
 from models import write_llama
@@ -137,13 +137,13 @@ def test_logits_of_all_tokens_after_a_long_pass(cuda: SimulatedGpu, tmp_path: Pa
 
 def test_graphs_that_are_not_used_go(cuda: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_llama(tmp_path / "m.gguf", type="Q8_0", **SMALL)
-    monkeypatch.setattr(base, "MAX_GRAPHS", 3)
+    monkeypatch.setattr(passes, "MAX_GRAPHS", 3)
     model, tokens = hq.load(tmp_path / "m.gguf", cuda.device), ids(7)
     before = cuda.live().get("graphs", 0)
     expected = [model.forward(tokens[:n], 0) for n in range(1, 8)]
     for n in (1, 2, 3, 1, 4, 1, 5, 1, 6, 1, 7):
         np.testing.assert_array_equal(model.forward(tokens[:n], 0), expected[n - 1])
-    kept = sorted(what.n for _, what in model._graphs)
+    kept = sorted(what.n for _, what in model._passes.graphs)
     assert (kept, cuda.live()["graphs"] - before) == ([1, 6, 7], 3)
 
 
