@@ -18,7 +18,7 @@ import emulator
 import hipquant as hq
 from emulator import Emulator
 from hipquant import generate, wiring
-from hipquant.models.model import Drawing
+from hipquant.models.passes import Drawing
 from hipquant.sampling import SAMPLES, STATE_WORDS, Sampler, SamplingParams, state, work_words
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.simulate import InProcess, Simulator
@@ -215,7 +215,7 @@ class DrawnOnADevice:
         self.samples = np.full((model.sequences, SAMPLES), -99, np.int32)
         self.begun = self.launched = 0
         self.bad_at = -1  # the launch whose logits are spoilt
-        model._seen = NotCaptured()  # type: ignore[assignment]
+        model._passes.seen = NotCaptured()  # type: ignore[assignment]
         for name in ("samples", "set_sampling", "sample"):
             setattr(self.blocks, name, getattr(self, name))
         self.blocks.device_sampling = True  # type: ignore[attr-defined]

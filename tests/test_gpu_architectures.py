@@ -16,6 +16,7 @@ from simulated_gpu import SimulatedGpu, simulated_gpu
 
 NAMES = ("qwen2", "qwen3", "mixtral", "qwen3moe", "phi2", "phi2_fused", "phi3_long", "gemma2", "gemma3")
 LIMITS = {"F32": 1e-6, "Q8_0": 1e-3}  # NMSE; with float weights only keys and values are rounded, alike
+CACHE_LIMIT = 2e-3  # where keys and values are rounded to 8 bits, too
 LONG = 45  # tokens: more than the windows of the models
 
 
@@ -61,6 +62,26 @@ def test_logits_are_the_cpus(name: str, kind: str, gpu: SimulatedGpu, tmp_path: 
 def test_matrices_of_different_types(name: str, types: dict[str, str], gpu: SimulatedGpu, tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", SHAPES[name], "Q8_0", types)
     check(tmp_path / "m.gguf", gpu, LIMITS["Q8_0"])
+
+
+@pytest.mark.parametrize(
+    ("name", "cache_type"),
+    [("qwen3", "f16"), ("phi2", "f16"), ("gemma2", "f16"), ("mixtral", "f16"), ("llama", "q8_0")],
+)
+def test_batches_are_the_cpus(name: str, cache_type: str, gpu: SimulatedGpu, tmp_path: Path) -> None:
+    """A token for each of many sequences, some of which are longer than windows: launched, captured and replayed."""
+    n = 11
+    write(tmp_path / "m.gguf", SHAPES[name], "Q8_0", {"attn_output": "F16"})
+    model = hq.load(tmp_path / "m.gguf", gpu.device, context=64, sequences=n, cache_type=cache_type)
+    reference = hq.load(tmp_path / "m.gguf", "cpu", context=64, sequences=n)
+    ids, held = tokens(64), [LONG, 5, 1, 40, 2, 33, 9, 3, LONG, 17, 8]
+    for s in range(n):
+        for m in (model, reference):
+            m.forward(ids[s : s + held[s]], 0, sequence=s)
+    for step in range(3):
+        where = [h + step for h in held], range(n)
+        found, expected = (m.forward_batch(ids[step : step + n], *where) for m in (model, reference))
+        assert nmse(found, expected) <= (CACHE_LIMIT if cache_type == "q8_0" else LIMITS["Q8_0"]), step
 
 
 @pytest.mark.parametrize("kind", LIMITS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,9 @@ import pytest
 import hipquant as hq
 from hipquant.codeobjects import ENGINE
 from hipquant.errors import InvalidCodeObjectError, InvalidModelFileError, OutOfDeviceMemoryError
+from hipquant.models import gpu as engine
+from hipquant.models import passes
+from hipquant.models.layers import MAX_AT_ONCE, Floats
 from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType
 from models import write_llama
 from reference import LlamaReference, nmse
@@ -64,20 +67,104 @@ def test_prompts_steps_and_batches(kind: str, limit: float, gpu: SimulatedGpu, t
     assert model.cached(2) == [*tokens[:5], tokens[2], tokens[3], tokens[4]]
 
 
-def test_a_batch_of_many_sequences(cuda: SimulatedGpu, tmp_path: Path) -> None:
-    """More than a pass takes: passes of 8, with the logits that those have alone."""
+def fill(models: Iterable[hq.Model], tokens: list[int]) -> list[int]:
+    """Sequences of 1 to 3 tokens, and some of 50; how many each one holds."""
+    held = [50 if s % 11 == 3 else s % 3 + 1 for s in range(len(tokens))]
+    for s, n in enumerate(held):
+        for model in models:
+            model.forward((tokens * 50)[:n], 0, sequence=s)
+    return held
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("F32", FLOAT_LIMIT), ("Q8_0", LIMIT)])
+def test_a_batch_of_many_sequences(
+    kind: str, limit: float, gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In short passes, long ones, and several: launched, captured, replayed; each token is its sequence's next one."""
+    monkeypatch.setattr(engine, "BLOCKS_TO_UNIT", 128)  # as on a larger GPU: positions of all sequences are split
+    write_llama(tmp_path / "m.gguf", type=kind, **(SMALL | {"n_layer": 1}))
+    model, reference = both(tmp_path / "m.gguf", gpu, sequences=MAX_AT_ONCE + 3)
+    tokens = ids(MAX_AT_ONCE + 3)
+    held = fill((model, reference), tokens)
+    for n, times in ((1, 1), (7, 1), (8, 1), (9, 3), (16, 1), (33, 3), (64, 1), (67, 3)):
+        where = list(range(len(tokens) - n, len(tokens)))[::-1]
+        for _ in range(times):
+            given = [tokens[(s + held[s]) % 64] for s in where], [held[s] for s in where], where
+            found, expected = (m.forward_batch(*given) for m in (model, reference))
+            assert nmse(found, expected) <= limit, n
+            assert np.max([nmse(*rows) for rows in zip(found, expected, strict=True)]) <= 4 * limit, n
+            for s in where:
+                held[s] += 1
+    found, expected = (m.forward((2 * tokens)[:100], 0, logits="all") for m in (model, reference))
+    assert nmse(found, expected) <= limit
+    assert [model.cached(s) for s in range(len(tokens))] == [reference.cached(s) for s in range(len(tokens))]
+
+
+def test_a_pass_of_many_sequences_reads_the_weights_once(cuda: SimulatedGpu, tmp_path: Path) -> None:
+    """The same launches for 9 as for 64, from a graph, the same logits each time, and about those of passes of 8."""
+    write_llama(tmp_path / "m.gguf", type="Q8_0", **(SMALL | {"n_layer": 1}))
+    model, tokens = hq.load(tmp_path / "m.gguf", cuda.device, sequences=MAX_AT_ONCE), ids(MAX_AT_ONCE)
+
+    def batches(size: int, n: int = MAX_AT_ONCE) -> Floats:
+        held = fill([model], tokens[:n])
+        cuda.ran.clear()
+        cuda.fail_nth(-1)  # counts calls from here on
+        parts = (slice(at, at + size) for at in range(0, n, size))
+        return np.concatenate([model.forward_batch(tokens[p], held[p], range(n)[p]) for p in parts])
+
+    expected, launches = batches(MAX_AT_ONCE), [name for name, _ in cuda.ran]
+    assert not any(name.startswith("attention_prefill") for name in launches)
+    for _ in range(2):  # captured, replayed
+        np.testing.assert_array_equal(batches(MAX_AT_ONCE), expected)
+        assert [name for name, _ in cuda.ran] == launches
+    assert cuda.calls < len(launches)
+    for n in (9, 40):
+        batches(n, n)
+        assert [name for name, _ in cuda.ran] == launches, n
+    assert nmse(batches(8), expected) <= LIMIT
+    assert len(cuda.ran) > 4 * len(launches)
+
+
+def test_logits_of_all_tokens_after_a_long_pass(cuda: SimulatedGpu, tmp_path: Path) -> None:
+    """A pass that is replayed leaves what it normed as it did when it was launched."""
     write_llama(tmp_path / "m.gguf", type="Q8_0", **SMALL)
-    model, tokens = hq.load(tmp_path / "m.gguf", device=cuda.device, sequences=19), ids(19)
-    for s in range(19):
-        model.forward(tokens[: s % 3 + 1], 0, sequence=s)
-    held, where = [s % 3 + 1 for s in range(19)], range(19)
-    batch = model.forward_batch(tokens, held, where)
-    assert [model.cached(s)[held[s] :] for s in where] == [[token] for token in tokens]
-    for s in where:  # as if the last token had not been
-        model.forward(tokens[: held[s]], 0, sequence=s)
-    parts = (slice(0, 8), slice(8, 16), slice(16, 19))
-    alone = [model.forward_batch(tokens[p], held[p], where[p]) for p in parts]
-    np.testing.assert_array_equal(batch, np.concatenate(alone))
+    model, tokens = hq.load(tmp_path / "m.gguf", cuda.device), ids(20)
+    expected = model.forward(tokens[:5], 0, logits="all")
+    for _ in range(3):
+        model.forward(tokens, 0)
+        np.testing.assert_array_equal(model.forward(tokens[:5], 0, logits="all"), expected)
+
+
+def test_graphs_that_are_not_used_go(cuda: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_llama(tmp_path / "m.gguf", type="Q8_0", **SMALL)
+    monkeypatch.setattr(passes, "MAX_GRAPHS", 3)
+    model, tokens = hq.load(tmp_path / "m.gguf", cuda.device), ids(7)
+    before = cuda.live().get("graphs", 0)
+    expected = [model.forward(tokens[:n], 0) for n in range(1, 8)]
+    for n in (1, 2, 3, 1, 4, 1, 5, 1, 6, 1, 7):
+        np.testing.assert_array_equal(model.forward(tokens[:n], 0), expected[n - 1])
+    kept = sorted(what.n for _, what in model._passes.graphs)
+    assert (kept, cuda.live()["graphs"] - before) == ([1, 6, 7], 3)
+
+
+@pytest.mark.parametrize("sequences", [4, 40])
+def test_memory_for_a_batch(sequences: int, tmp_path: Path) -> None:
+    """What is asked for is enough for all sequences at once, and a byte less is not."""
+    write_llama(tmp_path / "m.gguf", type="Q8_0", **(SMALL | {"n_vocab": 1024}))
+    with simulated_gpu("cuda", 32) as gpu:
+        device = gpu.device
+        hq.load(tmp_path / "m.gguf", device).forward([1], 0)  # loads modules, which stay
+        used = gpu.memory - device.free_memory
+        gpu.memory = used
+        with pytest.raises(OutOfDeviceMemoryError) as refused:
+            hq.load(tmp_path / "m.gguf", device, sequences=sequences)
+        gpu.memory = used + refused.value.asked - 1
+        with pytest.raises(OutOfDeviceMemoryError, match=f"m.gguf with {sequences} x 128 positions"):
+            hq.load(tmp_path / "m.gguf", device, sequences=sequences)
+        gpu.memory += 1
+        model = hq.load(tmp_path / "m.gguf", device, sequences=sequences)
+        for position in range(3):
+            model.forward_batch([1] * sequences, [position] * sequences, range(sequences))
 
 
 @pytest.mark.parametrize("kind", MATRIX_TYPES, ids=str)

@@ -23,6 +23,7 @@ from hipquant.models import DEMO
 from hipquant.quantize import plan, quantize_file
 from hipquant.quantize.mixes import file_type
 from hipquant.quants import FLOAT_TYPES, WEIGHT_TYPES, quant_type
+from hipquant.sampling import Sampler, SamplingParams
 
 KINDS = [t.name for t in FLOAT_TYPES + WEIGHT_TYPES]
 MIXES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # file types of these names have other tensors besides
@@ -182,6 +183,36 @@ def test_real_logits(real: gpu.Device, kind: str, text: list[int], tmp_path: Pat
     assert _nmse(np.array(steps), expected) <= 1e-4
     at_once = [model.forward_batch([t] * 6, [i] * 6, [2, 3, 4, 5, 6, 7]) for i, t in enumerate(text[:64])]
     assert _nmse(np.array(at_once), np.repeat(expected[:, None], 6, axis=1)) <= 1e-4
+
+
+@needs_device
+@pytest.mark.parametrize("kind", ["as it is", *KINDS])
+def test_real_batches(real: gpu.Device, kind: str, text: list[int], tmp_path: Path) -> None:
+    """Logits of many sequences at once are the CPU's, the same each time; tokens drawn there are the sampler's."""
+    path, n, steps = None if kind == "as it is" else _demo_of(kind, tmp_path), 20, 12
+    model, again, reference = (hq.load(path, device, sequences=n) for device in (real, real, "cpu"))
+    expected = reference.forward(text[:64], 0, logits="all")
+    held = [3 * s % 48 for s in range(n)]  # tokens of each
+    for m in (model, again):
+        for s in range(n):
+            m.forward(text[: held[s] or 1], 0, sequence=s)
+    for step in range(steps):
+        at = [max(1, h) + step for h in held]
+        found, same = (m.forward_batch([text[i] for i in at], at, range(n)) for m in (model, again))
+        assert _nmse(found, expected[at]) <= 1e-4
+        np.testing.assert_array_equal(found, same)
+    samplers, drawing = ([Sampler(SamplingParams(seed=s)) for s in range(n)] for _ in range(2))
+    texts = [text[: max(1, h) + steps] for h in held]
+    last = [model.draw(texts[s], drawing[s], s)[0] for s in range(n)]
+    for tokens, s in zip(texts, range(n), strict=True):
+        logits = again.forward(tokens[-1:], len(tokens) - 1, sequence=s)
+        tokens.append(samplers[s].sample(logits, tokens))
+    for _ in range(steps):
+        rows = again.forward_batch([t[-1] for t in texts], [len(t) - 1 for t in texts], range(n))
+        for s, logits in enumerate(rows):
+            texts[s].append(samplers[s].sample(logits, texts[s]))
+        last = model.draw_batch(last, drawing)
+        assert [model.drawn(drawn) for drawn in last] == [tokens[-1] for tokens in texts]
 
 
 @needs_device

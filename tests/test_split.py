@@ -88,6 +88,20 @@ def test_prompts_steps_and_batches(kind: str, gpu_layers: int, limit: float, gpu
     assert nmse(*(m.forward([7], 8, sequence=2) for m in (model, reference))) <= limit
 
 
+@pytest.mark.parametrize(("kind", "limit"), [("F32", FLOAT_LIMIT), ("Q4_0", LIMIT)])
+def test_a_batch_of_many_sequences(kind: str, limit: float, cuda: SimulatedGpu, tmp_path: Path) -> None:
+    """More than a pass takes, and than a pass of the CPU: launched, captured on both devices, and replayed."""
+    write_llama(tmp_path / "m.gguf", type=kind, **SMALL)
+    n = 37
+    model = hq.load(tmp_path / "m.gguf", cuda.device, gpu_layers=1, sequences=n)
+    reference, tokens = hq.load(tmp_path / "m.gguf", sequences=n), ids(n)
+    for step in range(3):
+        found, expected = (m.forward_batch(tokens, [step] * n, range(n)) for m in (model, reference))
+        assert nmse(found, expected) <= limit, step
+    assert list(model.blocks.passes(n)) == [32, 5]
+    assert model.cached(36) == reference.cached(36) == [tokens[36]] * 3
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -241,7 +255,7 @@ def test_bench_of_two_devices(cuda: SimulatedGpu, path: Path, tmp_path: Path, mo
     assert found["read_ceiling_bytes_per_second"] == pytest.approx((on_cpu + on_gpu) / (on_cpu / 1e9 + on_gpu / 4e9))
     assert found["cpu"]["name"] == "cpu"
     batch = found["results"][-1]
-    weights = 2 * 2 * (on_cpu + on_gpu)  # of 2 tokens, in 2 passes each
+    weights = 2 * (on_cpu + on_gpu)  # of 2 tokens, in a pass each
     assert batch["weights_bytes_per_second"] == pytest.approx(weights / (9 * 2 / batch["median"]))
 
 

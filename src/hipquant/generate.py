@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from .errors import ContextLengthError
 
 if TYPE_CHECKING:
-    from .models.model import Drawing, Model
+    from .models.model import Model
+    from .models.passes import Drawing
     from .sampling import Sampler, SamplingParams, StopStrings
 
 

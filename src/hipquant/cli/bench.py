@@ -86,8 +86,8 @@ def command(
     """Measures MODEL, a GGUF file, a folder or a name (default: the demo model), on random tokens.
 
     pp: tokens of a prompt in one go; tg: one token after the other; batch: one token each of several sequences at once,
-    8 in a pass on a GPU. Given are the median and half the range. GB/s counts the weights that are read. A report holds
-    all of it as JSON, with the device, its driver and the system, and no path or name of yours.
+    in one pass. Given are the median and half the range. GB/s counts the weights that are read. A report holds all of
+    it as JSON, with the device, its driver and the system, and no path or name of yours.
     """
     if report is not None:
         _write(report, "")  # what cannot be written is said before anything is measured
@@ -153,7 +153,7 @@ class _Bench:
             found.append(self._measure(f"tg{self.n_tokens}", self._write, self.n_tokens, self.n_tokens))
         for size in batches:
             name = f"batch{size} tg{self.n_tokens}"
-            passes = self.n_tokens * -(-size // self.model.blocks.batch)
+            passes = self.n_tokens * len(list(self.model.blocks.passes(size)))
             found.append(self._measure(name, partial(self._batch, size), size * self.n_tokens, passes))
         return found
 

@@ -26,6 +26,7 @@ SHARED = {
     "gpu_weights",
     "layers",
     "model",
+    "passes",
     "split",
 }  # every other module is an architecture
 ARCHITECTURES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in SHARED))

@@ -17,13 +17,13 @@ from ..quants import FLOAT_TYPES, UNIT, activation_bytes, padded, plane_units
 from ..sampling import SAMPLES, STATE_WORDS, work_words
 from .gpu_experts import Mixture, mixture_parts
 from .gpu_weights import Activations, Epilogue, EpilogueKind, GpuWeights, Products, aligned, bytes_there
-from .layers import INPUT_BYTES, MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Sizes, last_layers
+from .layers import INPUT_BYTES, MAX_AT_ONCE, MAX_CAPTURED, Blocks, Floats, Layer, Matrix, Sizes, last_layers
 
 CHUNK = 512  # tokens of one forward pass
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 64  # of the positions of a sequence
 ACTIVATIONS = {("silu", True): "silu_mul_q8", ("gelu", True): "gelu_mul_q8", ("gelu", False): "gelu_q8"}
-BLOCKS_TO_UNIT = 2  # attention blocks that there shall be for a compute unit in a short pass
+BLOCKS_TO_UNIT = 2  # attention blocks that there shall be for a compute unit where tokens are of any sequences
 
 
 class GpuBlocks(Blocks[Products]):
@@ -33,11 +33,12 @@ class GpuBlocks(Blocks[Products]):
     In a short pass a layer takes five launches where the types of its queries, keys and values, and of its gate and up
     matrices, agree: QKV with RoPE and the cache, attention, output with residual and norm, gate and up with SiLU, down
     with residual and the next norm. RoPE and the cache take another one where queries or keys are normed, or the cache
-    is not halves. A long pass takes ten. With experts a short pass takes six: the router is one more, and chooses
-    them; where it is quantized, their choice is another one.
+    is not halves. A long pass takes ten, of one sequence or of a token of each of several. With experts a short pass
+    takes six: the router is one more, and chooses them; where it is quantized, their choice is another one.
     """
 
     device_sampling = True
+    wide = MAX_CAPTURED + 1
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class GpuBlocks(Blocks[Products]):
             raise ValueError(f"heads of {s.head_dim} values are not whole blocks of 32: the KV cache can be f16 alone")
         assert isinstance(device, gpu.Device)
         self.units = device.compute_units
+        self.batch = self.rows = self._rows(sequences)
         self._check_memory(weights, s, sequences, context)
         weights.reserve()
         super().__init__(weights, s, embedding, CHUNK, sequences, context)
@@ -104,9 +106,15 @@ class GpuBlocks(Blocks[Products]):
             return {"keys": 2 * values, "values": 2 * values}
         return {"keys": values, "values": values, "scales of keys": values // 16, "scales of values": values // 16}
 
+    @staticmethod
+    def _rows(sequences: int) -> int:
+        """How many tokens of different sequences, and rows of logits, there is memory for."""
+        return max(MAX_CAPTURED, min(sequences, MAX_AT_ONCE))
+
     def _parts(self, s: Sizes, sequences: int, n_context: int) -> dict[str, int]:
         """The blocks' own memory: bytes of each part."""
-        splits = max(n * self._splits(s, n) for n in range(1, MAX_CAPTURED + 1))
+        rows = self._rows(sequences)
+        splits = max(n * self._splits(s, n) for n in range(1, rows + 1))
         parts = {
             **self._cache_parts(s, sequences, n_context),
             "rope": 4 * n_context * s.rope.n_rot,
@@ -116,11 +124,11 @@ class GpuBlocks(Blocks[Products]):
             "gate_up": 8 * CHUNK * max(1, s.n_expert_used) * s.n_ff,
             "partial": 4 * splits * s.n_head * (s.head_dim + 2),
             "squares": 4 * MAX_CAPTURED * -(-s.n_embd // 32),
-            "counters": 4 * MAX_CAPTURED * s.n_head_kv,
-            "logits": 4 * MAX_CAPTURED * s.n_vocab,
+            "counters": 4 * rows * s.n_head_kv,
+            "logits": 4 * rows * s.n_vocab,
             "sampling's states": 4 * STATE_WORDS * sequences,
             "sampling's tokens": 4 * n_context * sequences,
-            "sampling's work": 4 * MAX_CAPTURED * work_words(s.n_vocab),
+            "sampling's work": 4 * rows * work_words(s.n_vocab),
         }
         if s.local_rope is not None:
             parts["local rope"] = 4 * n_context * s.local_rope.n_rot
@@ -131,7 +139,7 @@ class GpuBlocks(Blocks[Products]):
         return parts | (mixture_parts(s, CHUNK) if s.n_expert else {})
 
     def _splits(self, s: Sizes, n: int) -> int:
-        """Into how many parts the positions of a sequence are split in a short pass, to keep all units busy."""
+        """Into how many parts the positions of a sequence are split for n tokens, to keep all units busy."""
         return max(1, min(MAX_SPLITS, BLOCKS_TO_UNIT * self.units // (s.n_head_kv * n)))
 
     def _check_memory(self, weights: GpuWeights, s: Sizes, sequences: int, context: int) -> None:
@@ -251,13 +259,13 @@ class GpuBlocks(Blocks[Products]):
             kernel = wiring.kernel(f"rope_store_kv_{s.cache_type}")
             grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
             self.kernels(kernel, grid, self.qkv, *rope, layer.q_norm, layer.k_norm, s.eps)
-        (self._attend_few if n <= MAX_CAPTURED else self._attend_many)(layer, cache, n, into)
+        (self._attend_any if n <= MAX_CAPTURED or self.apart else self._attend_one)(layer, cache, n, into)
         self._set_branch(layer.attn_output, self.attended, n, layer.attn_post_norm)
 
-    def _attend_few(
+    def _attend_any(
         self, layer: Layer[Products], cache: tuple[Buffer, ...], n: int, into: tuple[Buffer | None, Buffer | None]
     ) -> None:
-        """Few tokens, of any sequences."""
+        """Tokens of any sequences."""
         s, y = self.sizes, self.attended
         kernel = wiring.kernel(f"attention_decode_{s.cache_type}")
         (floats, planes), splits = into, self._splits(s, n)
@@ -270,7 +278,7 @@ class GpuBlocks(Blocks[Products]):
         if apart and planes is not None:
             self._quantize(y, n)
 
-    def _attend_many(
+    def _attend_one(
         self, layer: Layer[Products], cache: tuple[Buffer, ...], n: int, into: tuple[Buffer | None, Buffer | None]
     ) -> None:
         """Tokens that follow each other in one sequence."""
@@ -324,14 +332,14 @@ class GpuBlocks(Blocks[Products]):
         self._branch = None
 
     def output(self, first: int, n: int) -> None:
-        self.unembedding.few(self.normed, self.logits, n, first)
+        (self.unembedding.few if n <= MAX_CAPTURED else self.unembedding.many)(self.normed, self.logits, n, first)
         if cap := self.sizes.logit_softcap:
             kernel, count = wiring.kernel("softcap_rows_f32"), n * self.sizes.n_vocab
             self.kernels(kernel, kernel.grid(n=count), self.logits, count, cap)
 
     def read_output(self, first: int, logits: Floats) -> None:
-        for at in range(0, len(logits), MAX_CAPTURED):
-            n = min(MAX_CAPTURED, len(logits) - at)
+        for at in range(0, len(logits), self.rows):
+            n = min(self.rows, len(logits) - at)
             self.output(first + at, n)
             self.read_logits(n, logits[at : at + n])
 

@@ -119,15 +119,15 @@ class Products:
         for run in self.runs:
             self._mat_vec(run, x, dst, n, first, epilogue or Epilogue())
 
-    def many(self, x: Activations, dst: Buffer, n: int) -> None:
-        """dst[n][rows] = columns of x times the weights, plus the biases."""
+    def many(self, x: Activations, dst: Buffer, n: int, first: int = 0) -> None:
+        """dst[n][rows] = columns `first` and on of x times the weights, plus the biases."""
         for run in self.runs:
             if not run.quantized:
-                self._mat_vec(run, x, dst, n, 0, Epilogue(), bias=False)
+                self._mat_vec(run, x, dst, n, first, Epilogue(), bias=False)
                 continue
             kernel, to = wiring.find("mul_mat_planes", run.type), dst.address + 4 * run.at
-            grid = kernel.grid(nrows=run.rows, ncols=n)
-            self.kernels(kernel, grid, run.weights, x.planes, to, self.k, run.rows, n, x.n_padded, self.rows)
+            y, grid = x.of(True, first), kernel.grid(nrows=run.rows, ncols=n)
+            self.kernels(kernel, grid, run.weights, y, to, self.k, run.rows, n, x.n_padded, self.rows)
         if self.bias is not None:
             add = wiring.kernel("add_bias_rows_f32")
             self.kernels(add, add.grid(n=self.rows, rows=n), dst, self.bias, self.rows, self.rows)

@@ -19,7 +19,8 @@ from ..gguf_file import GGUFFile, TensorInfo, find_invalid_scales
 from ..quants import FLOAT_TYPES, MATRIX_TYPES
 from ..wiring import Dim3, Kernel
 
-MAX_CAPTURED = 8  # tokens of a pass that is captured once and replayed
+MAX_CAPTURED = 8  # tokens of a short pass, which is captured once and replayed whatever sequences they are of
+MAX_AT_ONCE = 64  # sequences that a pass takes a token of each
 PART = 16 << 20  # bytes of a tensor that are mapped while they are checked and copied
 INPUT_BYTES = 12  # of a token of a pass: id, position, sequence
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"  # a model without an output matrix uses the embedding
@@ -144,9 +145,12 @@ class Blocks(ABC, Generic[L]):
     each of the `stages`. The residual stream lies in the blocks' own memory.
     """
 
-    batch = MAX_CAPTURED  # tokens of different sequences that a pass takes at most; so short a pass is captured
+    batch = MAX_CAPTURED  # tokens of different sequences that a pass takes at most
+    wide = 1  # of how many on one such pass is better than passes of `MAX_CAPTURED`
+    rows = MAX_CAPTURED  # of logits: tokens that `output` takes at most
+    apart = False  # whether each token of the pass is of a sequence of its own, although the pass is long
     takes_drawn = True  # whether the next pass may be launched on a token that the host does not know yet
-    logits: Buffer  # of the last step: n_vocab floats for each of at most `MAX_CAPTURED` tokens
+    logits: Buffer  # of the last step: n_vocab floats for each of at most `rows` tokens
     device_sampling = False  # whether tokens are drawn where the logits are, by `sample`
     samples: npt.NDArray[np.int32]  # [sequences, 4]: where a token drawn for position p arrives, at p % 4
 
@@ -171,8 +175,16 @@ class Blocks(ABC, Generic[L]):
         """The blocks of each device that layers run on."""
         return (self,)
 
-    def stages(self, n: int) -> Iterator[Stream]:
+    def passes(self, n: int) -> Iterator[int]:
+        """How many sequences each pass takes, where n are to get a token."""
+        while n:
+            size = min(n, self.batch if n >= self.wide else MAX_CAPTURED)
+            yield size
+            n -= size
+
+    def stages(self, n: int, apart: bool) -> Iterator[Stream]:
         """Where the steps of a pass over n tokens are launched: each device runs those that are its own."""
+        self.apart = apart
         yield self.kernels.stream
 
     def put(self, *inputs: npt.NDArray[np.integer]) -> None:
@@ -215,7 +227,7 @@ class Blocks(ABC, Generic[L]):
 
     @abstractmethod
     def output(self, first: int, n: int) -> None:
-        """Logits of n tokens (at most `MAX_CAPTURED`) from `first` on, to `logits`."""
+        """Logits of n tokens (at most `rows`) from `first` on, to `logits`."""
 
     @abstractmethod
     def read_output(self, first: int, logits: Floats) -> None:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from ..driver import Device, Event, Graph, Stream
+from ..driver import Device, Event
 from ..errors import ContextLengthError, TokenizerError
 from ..gguf_file import GGUFFile, StringArray
 from .config import Config, Keys
 from .layers import EMBEDDING, MAX_CAPTURED, OUTPUT, Blocks, Floats, Layer, Matrix, Rope, Weights, layer_count, matrix
+from .passes import Drawing, Pass, Passes
 
 if TYPE_CHECKING:
     from ..generate import Generation
@@ -49,26 +50,6 @@ class Part(NamedTuple):
     device: Device
     layers: int
     weights_bytes: int
-
-
-class Drawing:
-    """A token that the device draws for `position` of a sequence; `Model.drawn` gives it."""
-
-    _marks = itertools.count(-1, -1)
-
-    def __init__(self, sequence: int, position: int, begun: Event | None, done: Event) -> None:
-        self.sequence, self.position = sequence, position
-        self.token: int | None = None  # not read yet; negative: ~ of the first logit that cannot be used
-        self.mark = next(self._marks)  # stands for the token in the cache's list as long as it is not known
-        self._begun, self._done = begun, done
-
-    def wait(self) -> None:
-        self._done.synchronize()
-
-    @property
-    def seconds(self) -> float:
-        """What the device took for the pass, once it is done; 0 for the first token after others."""
-        return self._done.elapsed(self._begun) if self._begun is not None else 0.0
 
 
 class Model:
@@ -131,9 +112,9 @@ class Model:
         self.file, self.device, self.kernels = weights.file, weights.device, weights.kernels
         self.blocks = blocks
         self.n_vocab, self.context, self.sequences = blocks.sizes.n_vocab, context, sequences
-        self._graphs: dict[tuple[int, int, int, bool], Graph] = {}
-        self._seen: set[tuple[int, int, int, bool]] = set()
-        self._last_drawing: Drawing | None = None  # whose token lies in the input buffers
+        self._passes = Passes(blocks)
+        self._last_drawings: list[Drawing] = []  # whose tokens lie in the input buffers
+        self._newest: list[Drawing | None] = [None] * sequences  # while nothing else is done on the sequence
         self._unread: list[list[Drawing]] = [[] for _ in range(sequences)]
         self._cached: list[list[int]] = [[] for _ in range(sequences)]
         self._busy: set[int] = set()
@@ -186,6 +167,10 @@ class Model:
             raise ValueError(f"sequence must be from 0 to {self.sequences - 1}, not {sequence}")
         return sequence
 
+    def _check_room(self, sequence: int, position: int) -> None:
+        if position >= self.context:
+            raise ContextLengthError(f"sequence {sequence} has filled the context of {self.context}")
+
     def _checked_tokens(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         ids = np.asarray(tokens)
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
@@ -236,28 +221,30 @@ class Model:
                 f"{position + len(ids)} tokens do not fit into the context of {self.context}; "
                 "load the model with a larger context or shorten the text"
             )
+        self._newest[slot] = None
         del self._cached[slot][position:]
         chunk = self.blocks.chunk
         for at in range(0, len(ids), chunk):
             part = ids[at : at + chunk]
             last = at + len(part) == len(ids)
             self._put(part, np.arange(position + at, position + at + len(part)), np.full(len(part), slot))
-            self._run(len(part), 1 if last and every is None else 0)
-            if every is not None:
-                self.blocks.read_output(0, every[at : at + len(part)])
+            if every is None:
+                self._run(Pass(len(part), int(last)))
+            else:
+                self._run_all(every[at : at + len(part)])
             self._cached[slot].extend(part.tolist())
             if progress is not None:
                 progress(at + len(part), len(ids))
 
     def _put(self, *inputs: npt.NDArray[np.integer]) -> None:
-        self._last_drawing = None
+        self._last_drawings = []
         self.blocks.put(*inputs)
 
     def forward_batch(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> Floats:
         """One next token for each of several sequences: logits [n, n_vocab].
 
-        Each position must be the number of tokens that its sequence holds. A pass takes 8 sequences on a GPU, and 32
-        on the CPU; more take several passes.
+        Each position must be the number of tokens that its sequence holds. A pass takes 64 sequences on a GPU, and 32
+        on the CPU or where that has some of the layers; more take several passes.
         """
         ids, n = self._checked_tokens(tokens), len(tokens)
         if not n == len(positions) == len(sequences) == len(set(sequences)):
@@ -267,54 +254,32 @@ class Model:
                 held = len(self._cached[self._checked_sequence(sequence)])
                 if position != held:
                     raise ValueError(f"sequence {sequence} holds {held} tokens, its next position is not {position}")
-                if position >= self.context:
-                    raise ContextLengthError(f"sequence {sequence} has filled the context of {self.context}")
+                self._check_room(sequence, position)
             logits = np.empty((n, self.n_vocab), np.float32)
-            for at in range(0, n, self.blocks.batch):
-                part = slice(at, at + self.blocks.batch)
+            at = 0
+            for size in self.blocks.passes(n):
+                part = slice(at, at + size)
                 self._put(ids[part], np.asarray(positions[part]), np.asarray(sequences[part]))
-                self._run_batch(logits[part])
+                for sequence in sequences[part]:
+                    self._newest[sequence] = None
+                self._run_all(logits[part], apart=size > MAX_CAPTURED)
                 for token, sequence in zip(ids[part].tolist(), sequences[part], strict=True):
                     self._cached[sequence].append(token)
+                at += size
             return logits
 
-    def _run_batch(self, logits: Floats) -> None:
+    def _run_all(self, logits: Floats, apart: bool = False) -> None:
         """A pass over as many tokens as there are rows of logits, all of which it gives."""
         n = len(logits)
-        if n <= MAX_CAPTURED:
-            self._run(n, n)
+        if n <= self.blocks.rows:
+            self._run(Pass(n, n, apart=apart))
             self.blocks.read_logits(n, logits)
         else:
-            self._run(n, 0)
+            self._run(Pass(n, apart=apart))
             self.blocks.read_output(0, logits)
 
-    def _run(self, n: int, n_logits: int, draw: bool = False) -> None:
-        """A pass over n tokens with logits of the last `n_logits`, from which it may draw tokens.
-
-        Short passes are captured once and replayed.
-        """
-        for stage, stream in enumerate(self.blocks.stages(n)):
-            key = stage, n, n_logits, draw
-            if key in self._graphs:
-                self._graphs[key].launch(stream)
-            elif n > self.blocks.batch or key not in self._seen:  # the first one loads what it needs, not captured
-                self._launch(n, n_logits, draw)
-                self._seen.add(key)
-            else:
-                self._capture(stream, key)
-                self._graphs[key].launch(stream)
-
-    def _capture(self, stream: Stream, key: tuple[int, int, int, bool]) -> None:
-        with stream.capture() as graph:
-            self._launch(*key[1:])
-        self._graphs[key] = graph
-
-    def _launch(self, n: int, n_logits: int, draw: bool) -> None:
-        self._step(n)
-        if n_logits:
-            self.blocks.output(n - n_logits, n_logits)
-        if draw:
-            self.blocks.sample(n_logits)
+    def _run(self, what: Pass) -> None:
+        self._passes.run(what, self._step)
 
     def extend(
         self, tokens: Sequence[int], sequence: int = 0, progress: Callable[[int, int], None] | None = None
@@ -351,11 +316,11 @@ class Model:
             self._read(sequence)
             same, position = self._common_prefix(tokens, sequence), len(tokens)
             first = max(0, position - sampler.params.repetition_window)
-            recent = np.asarray(tokens[first:], np.int32)
+            recent, self._newest[sequence] = np.asarray(tokens[first:], np.int32), None
             self.blocks.set_sampling(sequence, state(sampler, position, self.n_vocab), recent, first)
             self._compute(self._checked_tokens(tokens[same:]), same, sequence, None, progress)
             self.blocks.sample(1)
-            return self._note(sequence, position, sampler, None), position - same
+            return self._note([(sequence, position)], [sampler], None)[0], position - same
 
     def draw_ahead(self, last: Drawing, sampler: Sampler) -> Drawing | None:
         """The token after one that need not be known yet, in one launch.
@@ -364,22 +329,67 @@ class Model:
         and `draw` begins anew.
         """
         with self._lock:
-            if last is not self._last_drawing or last.position >= self.context:
+            if [last] != self._last_drawings or last.position >= self.context:
                 return None
-            self._last_drawing, begun = None, Event()
-            begun.record(self.kernels.stream)
-            self._run(1, 1, draw=True)
-            self._cached[last.sequence].append(last.mark if last.token is None else last.token)
-            return self._note(last.sequence, last.position + 1, sampler, begun)
+            return self._draw_pass([last], [sampler])[0]
 
-    def _note(self, sequence: int, position: int, sampler: Sampler, begun: Event | None) -> Drawing:
-        sampler.draws += 1
+    def draw_batch(self, last: Sequence[Drawing], samplers: Sequence[Sampler]) -> list[Drawing]:
+        """The tokens after the last ones of several sequences, in as few passes as `forward_batch`.
+
+        Where `last` is what the call before gave, its tokens need not be known yet; otherwise they are waited for.
+        Raises ValueError for a drawing that is not the last thing done on its sequence (`draw` begins anew there), and
+        for one whose logits were NaN or infinite, `ContextLengthError` where a context is full.
+        """
+        if not len(samplers) == len(last) == len({drawing.sequence for drawing in last}):
+            raise ValueError("expected drawings of different sequences, and as many samplers")
+        with self._lock:
+            for drawing in last:
+                if drawing is not self._newest[drawing.sequence]:
+                    raise ValueError(
+                        f"sequence {drawing.sequence} was used otherwise since this token of it was drawn: "
+                        "begin anew with `draw` and all of its tokens"
+                    )
+                self._check_room(drawing.sequence, drawing.position)
+            drawings: list[Drawing] = []
+            for size in self.blocks.passes(len(last)):
+                part = slice(len(drawings), len(drawings) + size)
+                if list(last[part]) != self._last_drawings:
+                    tokens = [self.drawn(drawing) for drawing in last[part]]
+                    where = [(drawing.position, drawing.sequence) for drawing in last[part]]
+                    self._put(np.asarray(tokens), *np.asarray(where).T)
+                drawings += self._draw_pass(last[part], samplers[part])
+            return drawings
+
+    def _draw_pass(self, last: Sequence[Drawing], samplers: Sequence[Sampler]) -> list[Drawing]:
+        """A pass over tokens that lie in the input buffers."""
+        from ..sampling import SAMPLES
+
+        self._last_drawings, n, begun = [], len(last), Event()
+        for drawing in last:
+            self._newest[drawing.sequence] = None
+            if len(self._unread[drawing.sequence]) == SAMPLES:  # the place of the first one is taken
+                first = self._unread[drawing.sequence][0]
+                first.wait()
+                self._read(drawing.sequence, first)
+        begun.record(self.kernels.stream)
+        self._run(Pass(n, n, draw=True, apart=n > MAX_CAPTURED))
+        for drawing in last:
+            self._cached[drawing.sequence].append(drawing.mark if drawing.token is None else drawing.token)
+        return self._note([(drawing.sequence, drawing.position + 1) for drawing in last], samplers, begun)
+
+    def _note(
+        self, drawn: Sequence[tuple[int, int]], samplers: Sequence[Sampler], begun: Event | None
+    ) -> list[Drawing]:
+        """What is drawn in a pass: sequences and positions."""
         done = Event()
         done.record(self.kernels.stream)
-        drawing = Drawing(sequence, position, begun, done)
-        self._last_drawing = drawing if self.blocks.takes_drawn else None
-        self._unread[sequence].append(drawing)
-        return drawing
+        drawings = [Drawing(sequence, position, begun, done) for sequence, position in drawn]
+        for drawing, sampler in zip(drawings, samplers, strict=True):
+            sampler.draws += 1
+            self._newest[drawing.sequence] = drawing
+            self._unread[drawing.sequence].append(drawing)
+        self._last_drawings = list(drawings) if self.blocks.takes_drawn else []
+        return drawings
 
     def drawn(self, drawing: Drawing) -> int:
         """The token, as soon as it is there. Raises ValueError where logits were NaN or infinite."""

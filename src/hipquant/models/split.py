@@ -102,7 +102,8 @@ class SplitBlocks(Blocks[Any]):
     def __init__(self, sizes: Sizes, cpu: CpuBlocks, gpu: GpuBlocks) -> None:  # its memory is that of its parts
         self.cpu, self.gpu, self._active = cpu, gpu, gpu
         self.sizes, self.kernels, self.n_context = sizes, gpu.kernels, gpu.n_context
-        self.chunk = min(cpu.chunk, gpu.chunk)
+        self.chunk, self.batch = min(cpu.chunk, gpu.chunk), min(cpu.batch, gpu.batch)
+        self.wide, self.rows = gpu.wide, gpu.rows
         self.nbytes_per_position = cpu.nbytes_per_position + gpu.nbytes_per_position
         self.logits, self.samples = gpu.logits, gpu.samples
         staged = gpu.weights.device.allocate_host(4 * self.chunk * sizes.n_embd)
@@ -112,14 +113,14 @@ class SplitBlocks(Blocks[Any]):
     def parts(self) -> tuple[Blocks[Any], ...]:
         return self.cpu, self.gpu
 
-    def stages(self, n: int) -> Iterator[Stream]:
+    def stages(self, n: int, apart: bool) -> Iterator[Stream]:
         self._active = self.cpu
-        yield self.cpu.kernels.stream
+        yield from self.cpu.stages(n, apart)
         self.gpu.put(*self._inputs_of_gpu)  # waits for the pass before, which has read the residual stream then
         self.cpu.read_residual(self._residual[:n])
         self.gpu.write_residual(self._residual[:n])
         self._active = self.gpu
-        yield self.gpu.kernels.stream
+        yield from self.gpu.stages(n, apart)
 
     def put(self, *inputs: npt.NDArray[np.integer]) -> None:
         self.cpu.put(*inputs)
