@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import hipquant as hq
+from gguf_bytes import write_everything
 from hipquant.driver import Device
+from hipquant.gguf_file import GGUFFile
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,3 +49,23 @@ def cpu() -> Device:
 @pytest.fixture(scope="session")
 def data() -> Path:
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[[bytes], GGUFFile]:
+    """Opens bytes as a file."""
+
+    def open_bytes(raw: bytes) -> GGUFFile:
+        path = tmp_path / "m.gguf"
+        path.write_bytes(raw)
+        return GGUFFile(path)
+
+    return open_bytes
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "everything.gguf"
+    write_everything(path)
+    assert path.stat().st_size < 20_000
+    return path
