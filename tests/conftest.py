@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hipquant as hq
@@ -51,6 +52,12 @@ def cpu() -> Device:
 @pytest.fixture(scope="session")
 def data() -> Path:
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers of a test's own."""
+    return np.random.default_rng([ord(c) for c in request.node.name])
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """`mul_mat_vec_planes_*` and `mul_mat_vec_norm_*`: weights in planes times up to 8 columns, and what becomes of that.
 
-The kernels are simulated under AddressSanitizer and UBSan, against float64 on the weights and activations as they were
-quantized. Where AMD_EMULATOR names a checkout of tinygrad, its emulator executes the machine code of four AMD targets
-as well.
+The kernels are simulated and emulated, against float64 on the weights and activations as they were quantized.
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import emulator
 import reference
+from engine_runs import EMULATED, EPS, NULL, needs_sanitizers, normal, poison, started
 from hipquant import wiring
 from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType, padded, plane_bytes, plane_units, quant_type
 from hipquant.toolchain import cases, gpu, simulate
@@ -39,26 +37,21 @@ from planes import (
 Halves = npt.NDArray[np.uint16]
 Params = tuple[npt.NDArray[np.generic] | int, ...]
 
-NULL, POISON, NAN = 0, 0xA5, 0x7E55
+POISON, NAN = 0xA5, 0x7E55
 # NMSE. Products of integers are exact: what is left is a float sum, whose few results may nearly cancel. Matrix units
 # multiply what was rounded to halves.
 PRODUCTS, BY_MATRIX_UNITS = 1e-11, 4e-7
-EPS = 1e-5
 # With matrix units, and copies to shared memory: a type for each kind of scales and minimums, and of planes.
 TILE_TYPES = ("Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q5_K", "Q6_K")
 NO_PLANES: tuple[int, ...] = (NULL, 0)  # q, n_padded_q
 # k_cache, v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context
 NO_ROPE: tuple[int, ...] = (NULL, NULL, NULL, NULL, NULL, 1, 1, 2, 0, 1)
-pytestmark = pytest.mark.skipif(
-    not simulate.can_sanitize(),
-    reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
-)
+pytestmark = needs_sanitizers
 
 SIMULATED = [
     pytest.param((wave, units), id=f"wave{wave}{'-matrix-units' if units else ''}")
     for wave, units in ((32, False), (64, False), (32, True))
 ]
-EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
 
 
 class Epilogue(IntEnum):
@@ -92,29 +85,10 @@ def of_tile_types() -> Path:
 
 @pytest.fixture(scope="module", params=SIMULATED + EMULATED)
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
-    """The sources simulated; and, where there is an emulator, the machine code of four AMD targets on that."""
-    if isinstance(request.param, str):
-        found = Runner(emulator.engine(request.param), False)
-    else:
-        wave, units = request.param
-        products = of_tile_types() if units else gpu.ENGINE / "mat_vec_planes.hip"
-        sources = [gpu.ENGINE / "repack.hip", gpu.ENGINE / "activation.hip", products]
-        found = Runner(simulate.build(wave, True, sources, matrix_units=units), units)
-    yield found
-    found.backend.close()
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    return np.random.default_rng([ord(c) for c in request.node.name])
-
-
-def normal(rng: np.random.Generator, *shape: int) -> Floats:
-    return rng.standard_normal(shape).astype(np.float32)
-
-
-def poison(*shape: int) -> Floats:
-    return np.full(shape, np.nan, np.float32)
+    which, units = request.param if isinstance(request.param, tuple) else (request.param, False)
+    products = of_tile_types() if units else gpu.ENGINE / "mat_vec_planes.hip"
+    with started(which, "repack", "activation", products, matrix_units=units) as backend:
+        yield Runner(backend, units)
 
 
 def weights(backend: Backend, kind: QuantType, rows: int, k: int) -> tuple[Bytes, Wide]:
