@@ -14,11 +14,13 @@ import numpy.typing as npt
 import pytest
 
 import emulator
-from hipquant.quants import padded
-from hipquant.toolchain import gpu, simulate
-from planes import UNIT, UNIT_BYTES, Backend, Bytes, Floats, Wide, check_planes
+import reference
+from hipquant.quants import FLOAT_TYPES, QuantType, padded, plane_bytes, plane_units
+from hipquant.toolchain import cases, gpu, simulate
+from planes import UNIT, UNIT_BYTES, Backend, Bytes, Floats, Wide, check_planes, decoded, launch
 
 NULL = 0  # a pointer
+POISON = 0xA5  # of bytes
 EPS = 1e-5
 needs_sanitizers = pytest.mark.skipif(
     not simulate.can_sanitize(),
@@ -64,7 +66,7 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Wide:
 def outputs(rows: int, n_padded: int, which: str) -> tuple[Floats | int, Bytes | int]:
     """Poisoned arrays for y and q, or null: which is "y", "q" or "yq"."""
     y = poison(rows, n_padded) if "y" in which else NULL
-    q = np.full((rows, n_padded // UNIT * UNIT_BYTES), 0xA5, np.uint8) if "q" in which else NULL
+    q = np.full((rows, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8) if "q" in which else NULL
     return y, q
 
 
@@ -84,3 +86,27 @@ def check_outputs(run: Callable[..., None], rows: int, n: int, expected: Wide, t
         for found, wanted in zip(alone, (y, q), strict=True):
             if isinstance(found, np.ndarray):
                 np.testing.assert_array_equal(found, wanted)
+
+
+def weights(backend: Backend, kind: QuantType, rows: int, k: int) -> tuple[Bytes, Wide]:
+    """A random matrix as the engine keeps it, and its values: rows of floats are filled up with zeros to units."""
+    blocks = cases.random_blocks(kind, rows, k)
+    if kind in FLOAT_TYPES:
+        wide = np.zeros((rows, plane_units(k) * UNIT * kind.block_bytes), np.uint8)
+        wide[:, : blocks.shape[1]] = blocks
+        return wide, cases.values(kind, blocks, k).astype(np.float64)
+    planes = np.full(plane_bytes(kind, rows, k), POISON, np.uint8)
+    launch(backend, f"repack_{kind.suffix}", {"nrows": rows, "units": plane_units(k)}, blocks, planes, k, rows, 0, rows)
+    return planes, reference.dequantize(kind, blocks, (rows, k)).astype(np.float64)
+
+
+def activations(backend: Backend, kind: QuantType, x: Floats, n_padded: int) -> tuple[Bytes | Floats, Wide]:
+    """Columns as a product with weights of a type takes them, and the values that these stand for."""
+    columns, k = x.shape
+    floats = np.zeros((columns, n_padded), np.float32)
+    floats[:, :k] = x
+    if kind in FLOAT_TYPES:
+        return floats, x.astype(np.float64)
+    q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
+    launch(backend, "quantize_q8", {"n_padded": n_padded, "rows": columns}, floats, q, n_padded)
+    return q, decoded(q, n_padded)[:, :k]

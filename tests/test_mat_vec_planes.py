@@ -15,10 +15,10 @@ import numpy.typing as npt
 import pytest
 
 import reference
-from engine_runs import EMULATED, EPS, NULL, needs_sanitizers, normal, poison, started
+from engine_runs import EMULATED, EPS, NULL, activations, needs_sanitizers, normal, poison, started, weights
 from hipquant import wiring
-from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType, padded, plane_bytes, plane_units, quant_type
-from hipquant.toolchain import cases, gpu, simulate
+from hipquant.quants import MATRIX_TYPES, QuantType, padded, plane_units, quant_type
+from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.compile import fingerprint
 from planes import (
     QK,
@@ -28,8 +28,6 @@ from planes import (
     Bytes,
     Floats,
     Wide,
-    decoded,
-    launch,
     parts_of,
     quantized,
 )
@@ -89,30 +87,6 @@ def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
     products = of_tile_types() if units else gpu.ENGINE / "mat_vec_planes.hip"
     with started(which, "repack", "activation", products, matrix_units=units) as backend:
         yield Runner(backend, units)
-
-
-def weights(backend: Backend, kind: QuantType, rows: int, k: int) -> tuple[Bytes, Wide]:
-    """A random matrix as the engine keeps it, and its values: rows of floats are filled up with zeros to units."""
-    blocks = cases.random_blocks(kind, rows, k)
-    if kind in FLOAT_TYPES:
-        wide = np.zeros((rows, plane_units(k) * UNIT * kind.block_bytes), np.uint8)
-        wide[:, : blocks.shape[1]] = blocks
-        return wide, cases.values(kind, blocks, k).astype(np.float64)
-    planes = np.full(plane_bytes(kind, rows, k), POISON, np.uint8)
-    launch(backend, f"repack_{kind.suffix}", {"nrows": rows, "units": plane_units(k)}, blocks, planes, k, rows, 0, rows)
-    return planes, reference.dequantize(kind, blocks, (rows, k)).astype(np.float64)
-
-
-def activations(backend: Backend, kind: QuantType, x: Floats, n_padded: int) -> tuple[Bytes | Floats, Wide]:
-    """Columns as a product with weights of a type takes them, and the values that these stand for."""
-    columns, k = x.shape
-    floats = np.zeros((columns, n_padded), np.float32)
-    floats[:, :k] = x
-    if kind in FLOAT_TYPES:
-        return floats, x.astype(np.float64)
-    q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
-    launch(backend, "quantize_q8", {"n_padded": n_padded, "rows": columns}, floats, q, n_padded)
-    return q, decoded(q, n_padded)[:, :k]
 
 
 @dataclass(frozen=True)
