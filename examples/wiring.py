@@ -29,7 +29,7 @@ def main() -> None:
     x, y = device.upload(blocks), device.upload(vector)
     q8_1, result = device.allocate(K // 32 * 36), device.allocate(4 * ROWS)
 
-    # The wiring: a name, an argument list, a launch geometry (the table is hipquant/wiring.py).
+    # The wiring: a name, an argument list, a launch geometry (the table is hipquant/wiring/).
     quantize = device.get_or_load_func("quantize_q8_1", hipquant.QUANTIZED)
     quantize.launch((K // 256, 1, 1), (256, 1, 1), 0, device.stream, [y, q8_1, K, K])
     mat_vec = device.get_or_load_func("mul_mat_vec_q4_0_q8_1_hip1", hipquant.QUANTIZED)

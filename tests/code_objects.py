@@ -1,4 +1,4 @@
-"""Code objects for the tests of inspect, verify and export: small kernels with the table's names, and broken ones."""
+"""Code objects for the tests of build, inspect, verify and export: small kernels, and broken ones; what they hold."""
 
 from __future__ import annotations
 
@@ -14,9 +14,25 @@ from hipquant.targets import gpu_target
 from hipquant.toolchain import zig
 from hipquant.toolchain.build import plan
 from hipquant.toolchain.compile import build_objects
-from hipquant.wiring import COMPATIBILITY, Kernel
+from hipquant.toolchain.inspect import Inspection, KernelInfo, inspect
+from hipquant.wiring import COMPATIBILITY, Kernel, profile
 
 EM_CUDA = 190
+COMPATIBLE = {"quantize", "dequantize", "dequantize_mul_mat_vec", "mul_mat_vec", "mul_mat", "get_rows"}
+TWO_KERNELS = """#include "device.h"
+HQ_SHARED float shared_floats[96];
+HQ_KERNEL(64) scale(const float* x, float* y, int64_t n, float f, uint8_t c) {
+    shared_floats[thread_x()] = x[thread_x()];
+    barrier();
+    y[thread_x()] = shared_floats[95 - thread_x()] * f + c;
+}
+typedef float float4 __attribute__((ext_vector_type(4)));
+HQ_KERNEL(256) wide(const float4* x, float4* y, int a) {
+    float4 v = x[thread_x()];
+    v[0] += dot4(a, 2, 3);
+    y[thread_x()] = v;
+}
+"""
 Change = Callable[[Kernel, str], str]
 
 
@@ -109,6 +125,13 @@ def right() -> dict[str, bytes]:
         return compiled(source(), Path(folder), "gfx1100", "gfx90a", "sm_90a")
 
 
+@cache
+def two_kernels() -> dict[str, bytes]:
+    """Two kernels of our own, by target."""
+    with tempfile.TemporaryDirectory() as folder:
+        return compiled(TWO_KERNELS, Path(folder), "gfx1100", "gfx90a", "gfx11-generic", "sm_90a")
+
+
 def right_amd() -> dict[str, bytes]:
     return {target: image for target, image in right().items() if target.startswith("gfx")}
 
@@ -141,3 +164,20 @@ def damaged(blob: bytes, rng: random.Random) -> bytes:
 
 
 _NUMBERS = (b"\xff" * 4, b"\xff" * 8, b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\0" * 8, b"\xff" * 7 + b"\x7f")
+
+
+def one(found: Inspection, name: str) -> KernelInfo:
+    """The kernel of this name, of the one target."""
+    (kernels,) = found.targets.values()
+    return next(k for k in kernels if k.name == name)
+
+
+def names(which: str = "hip") -> set[str]:
+    """The 123 names and get_rows, under a name profile."""
+    found = {k.name for k in profile(which) if k.family in COMPATIBLE}
+    assert len(found) == 123 + 13
+    return found
+
+
+def names_by_target(blob: bytes) -> dict[str, set[str]]:
+    return {target: {k.name for k in found} for target, found in inspect(blob).targets.items()}

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hipquant.models import DEMO
+from models import write_llama
 from reference import dequantize
 
 F32Array = npt.NDArray[np.float32]
@@ -116,3 +117,18 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_float_model(path: Path) -> Path:
+    """A model of F32 weights, with a vocabulary's kinds of metadata."""
+
+    def extra(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("none")
+        writer.add_array("test.strings", ["a", "bé", ""])
+        writer.add_array("test.floats", [0.5, -1.5])
+        writer.add_bool("test.flag", True)
+        writer.add_file_type(0)
+        writer.add_custom_alignment(64)
+
+    write_llama(path, type="F32", n_vocab=64, n_layer=1, extra=extra)
+    return path

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import hipquant as hq
-from hipquant.errors import HipquantError
 from hipquant.models import Model
+from hipquant.quantize import file_type
 from models import write_llama
 from simulated_gpu import simulated_gpu
 
@@ -143,28 +143,35 @@ def test_measured_alone(run: Callable[..., dict[str, Any]], folder: Path, capsys
 def test_unknown_models(name: str, run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run("--model", name)
-    assert f"'{name}' is not SIZE:TYPE" in capsys.readouterr().err
+    assert f"'{name}' is not SHAPE:TYPE" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there(run: Callable[..., dict[str, Any]], folder: Path) -> None:
+def test_a_model_that_cannot_be_had(run: Callable[..., dict[str, Any]], folder: Path) -> None:
     """The others are measured all the same."""
+    (folder / "models" / "1b-q4_0.gguf").write_bytes(b"half a model")
     with pytest.raises(SystemExit, match="1 of 2 models"):
         run("--model", "1b:q4_0", "tiny:q4_0")
     first, second = json.loads((folder / "results" / "found.json").read_text())["models"]
-    assert "give --make-model" in first["failed"]
+    assert first["model"] == "1b-q4_0.gguf"
+    assert "1b-q4_0.gguf" in first["failed"]
     assert second["decode"]["hipquant"]["median"] > 0
 
 
-def test_files_are_written_once(tmp_path: Path) -> None:
-    script, models = tmp_path / "make.py", tmp_path / "models"
-    script.write_text("import sys\nopen(sys.argv[1], 'w').write(' '.join(sys.argv[2:]))\n")
-    path = gpu_models.model_file("8b:q4_K_M", models, script)
-    assert (path.name, path.read_text()) == ("8b-q4_K_M.gguf", "--size 8b --type q4_K_M")
-    script.write_text("import sys\nopen(sys.argv[1], 'w').write('half')\nsys.exit('the disk is full')\n")
-    assert gpu_models.model_file("8b:q4_K_M", models, script) == path
-    with pytest.raises(HipquantError, match="did not write 7b-q4_0.gguf .*: the disk is full"):
-        gpu_models.model_file("7b:q4_0", models, script)
-    assert not (models / "7b-q4_0.gguf").exists()
+def test_files_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = gpu_models.model_file("tiny", file_type("q4_K_M"), tmp_path / "models")
+    assert path.name == "tiny-q4_K_M.gguf"
+    assert hq.load(path, "cpu", context=8).forward([1, 2], 0).shape == (4096,)
+    monkeypatch.setattr(gpu_models, "write", None)
+    assert gpu_models.model_file("tiny", file_type("q4_K_M"), tmp_path / "models") == path
+
+
+def test_limits() -> None:
+    """What is meant by each of the default models, and how far its logits may be from the CPU's."""
+    models = [gpu_models.model_name(name) for name in gpu_models.MODELS]
+    limits = {shape: gpu_models.limit_of(gpu_models.SHAPES[shape]) for shape, _ in models}
+    assert limits == dict.fromkeys(("7b", "8b", "1b"), 1e-4) | dict.fromkeys(
+        ("gemma2-2b", "qwen3-4b", "qwen3moe-16l", "mixtral-8l"), 1e-3
+    )
 
 
 class Wrong:

@@ -14,15 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import emulator
 import hipquant as hq
 from emulator import Emulator
+from engine_runs import EMULATED, needs_sanitizers, started
 from hipquant import generate, wiring
 from hipquant.models.passes import Drawing
 from hipquant.sampling import SAMPLES, STATE_WORDS, Sampler, SamplingParams, state, work_words
 from hipquant.toolchain import gpu, simulate
-from hipquant.toolchain.simulate import InProcess, Simulator
+from hipquant.toolchain.simulate import InProcess
 from models import write_llama
+from planes import Backend
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -30,28 +31,19 @@ SOURCE = gpu.SOURCES / "engine" / "sample.hip"
 HEADER = 16 + 2048  # words of the work that are counters
 NAMES = ("sample_best_f32", "sample_bins_f32", "sample_draw_f32")
 
-needs_sanitizers = pytest.mark.skipif(
-    not simulate.can_sanitize(),
-    reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
-)
 WAVES = [pytest.param(wave, id=f"wave{wave}", marks=needs_sanitizers) for wave in (32, 64)]
-EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
 
 
 @pytest.fixture(scope="module", params=WAVES + EMULATED)
-def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator | Emulator]:
-    if isinstance(request.param, str):
-        found: Simulator | Emulator = emulator.engine(request.param)
-    else:
-        found = simulate.build(request.param, True, [SOURCE])
-    yield found
-    found.close()
+def simulator(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with started(request.param, SOURCE) as found:
+        yield found
 
 
 class DeviceSampling:
     """The kernels' memory for some sequences, as the engine holds it."""
 
-    def __init__(self, simulator: Simulator | Emulator, n_vocab: int, sequences: int = 1, n_context: int = 64) -> None:
+    def __init__(self, simulator: Backend, n_vocab: int, sequences: int = 1, n_context: int = 64) -> None:
         self.simulator, self.n_vocab, self.n_context = simulator, n_vocab, n_context
         self.states = np.zeros((sequences, STATE_WORDS), np.int32)
         self.history = np.full((sequences, n_context), -1, np.int32)
@@ -118,7 +110,7 @@ def logits_of(kind: str, rng: np.random.Generator, n: int) -> Floats:
     ("kind", "n"),
     [("sharp", 3001), ("flat", 1500), ("ties", 2048), ("holes", 777), ("far", 1030), ("equal", 1), ("equal", 900)],
 )
-def test_the_samplers_tokens(simulator: Simulator | Emulator, params: SamplingParams, kind: str, n: int) -> None:
+def test_the_samplers_tokens(simulator: Backend, params: SamplingParams, kind: str, n: int) -> None:
     rng = np.random.default_rng(n)
     draws = 2 if isinstance(simulator, Emulator) else 5
     params = SamplingParams(**(vars(params) | {"seed": int(rng.integers(1 << 62))}))
@@ -132,7 +124,7 @@ def test_the_samplers_tokens(simulator: Simulator | Emulator, params: SamplingPa
 
 
 @pytest.mark.parametrize("top_k", [0, 5000])
-def test_lists_longer_than_shared_memory(simulator: Simulator | Emulator, top_k: int) -> None:
+def test_lists_longer_than_shared_memory(simulator: Backend, top_k: int) -> None:
     if isinstance(simulator, Emulator):
         pytest.skip("takes minutes on the emulator")
     n, rng = 6000, np.random.default_rng(0)
@@ -143,7 +135,7 @@ def test_lists_longer_than_shared_memory(simulator: Simulator | Emulator, top_k:
     assert device.draw(logits[None], [0]) == [sampler.sample(logits, [1])]
 
 
-def test_the_window_of_the_penalty(simulator: Simulator | Emulator) -> None:
+def test_the_window_of_the_penalty(simulator: Backend) -> None:
     logits, tokens = np.zeros(1030, np.float32), [1027, 1, 2, 3, 4]
     logits[[1027, 1028]] = 5, 4
     for window, expected in ((3, 1027), (4, 1027), (5, 1028), (6, 1028)):
@@ -153,7 +145,7 @@ def test_the_window_of_the_penalty(simulator: Simulator | Emulator) -> None:
         assert device.draw(logits[None], [0]) == [sampler.sample(logits, tokens)] == [expected]
 
 
-def test_sequences_with_parameters_of_their_own(simulator: Simulator | Emulator) -> None:
+def test_sequences_with_parameters_of_their_own(simulator: Backend) -> None:
     """Rows in another order than their sequences, one of which is not drawn for."""
     n, rng = 1100, np.random.default_rng(3)
     chosen = enumerate([(1.0, 0), (0.0, 9), (2.0, 9), (1.0, 3)])
@@ -173,7 +165,7 @@ def test_sequences_with_parameters_of_their_own(simulator: Simulator | Emulator)
 
 
 @pytest.mark.parametrize("params", [CHAINS[0], CHAINS[2], CHAINS[8]], ids=str)
-def test_logits_that_are_not_finite(simulator: Simulator | Emulator, params: SamplingParams) -> None:
+def test_logits_that_are_not_finite(simulator: Backend, params: SamplingParams) -> None:
     """The first one's place instead of a token; the next draw is right again."""
     n, device = 1300, DeviceSampling(simulator, 1300)
     sampler = Sampler(SamplingParams(**(vars(params) | {"seed": 9})))

@@ -1,7 +1,4 @@
-"""Attention of long passes, simulated under AddressSanitizer and UBSan: every way through it, against float64.
-
-Where AMD_EMULATOR names a checkout of tinygrad, its emulator executes the machine code of four AMD targets as well.
-"""
+"""Attention of long passes on a GPU, simulated and emulated: every way through it, against float64."""
 
 from __future__ import annotations
 
@@ -12,29 +9,23 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import emulator
 from emulator import Emulator
+from engine_runs import EMULATED, needs_sanitizers, started
 from hipquant import wiring
 from hipquant.codeobjects import ENGINE
 from hipquant.quants import padded
 from hipquant.targets import GPU_TARGETS, GpuTarget
-from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.compile import FACTS
-from hipquant.toolchain.simulate import Simulator
 from kv_cache import Cache
+from planes import Backend, Floats, Wide
 from reference import nmse
 
-Floats = npt.NDArray[np.float32]
-Wide = npt.NDArray[np.float64]
 Halves = npt.NDArray[np.uint16]
 
 ROW = wiring.kernel("attention_prefill_f16")
 LIMIT = 1e-6  # NMSE: queries and weights are rounded to halves
 NAN = 0x7E00
-pytestmark = pytest.mark.skipif(
-    not simulate.can_sanitize(),
-    reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
-)
+pytestmark = needs_sanitizers
 
 
 # How the simulator multiplies (HQ_MATRIX_UNITS of simulate.h), and on which waves.
@@ -49,23 +40,13 @@ SIMULATED = [
     ]
     for wave in waves
 ]
-EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
 
 
 @pytest.fixture(scope="module", params=SIMULATED + EMULATED)
-def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator | Emulator]:
-    if isinstance(request.param, str):
-        found: Simulator | Emulator = emulator.engine(request.param)
-    else:
-        wave, units = request.param
-        found = simulate.build(wave, True, gpu.ENGINE / "attention_prefill.hip", matrix_units=units)
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    return np.random.default_rng([ord(c) for c in request.node.name])
+def simulator(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    which, units = request.param if isinstance(request.param, tuple) else (request.param, 0)
+    with started(which, "attention_prefill", matrix_units=units) as found:
+        yield found
 
 
 class Pass:
@@ -85,7 +66,7 @@ class Pass:
         self.softcap, self.window, self.cache_type = 0.0, 0, "f16"
         self.sinks: Floats | int = 0
 
-    def run(self, simulator: Simulator | Emulator) -> Floats:
+    def run(self, simulator: Backend) -> Floats:
         n_head, n_head_kv, head_dim = self.sizes
         y = np.full((self.n, self.n_padded), np.nan, np.float32)
         position = np.arange(self.offset, self.length, dtype=np.int32)
@@ -145,7 +126,7 @@ class Pass:
     ],
 )
 def test_passes(
-    simulator: Simulator | Emulator,
+    simulator: Backend,
     rng: np.random.Generator,
     n: int,
     offset: int,
@@ -173,7 +154,7 @@ def test_passes(
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_windows_caps_and_sinks(
-    simulator: Simulator | Emulator,
+    simulator: Backend,
     rng: np.random.Generator,
     n: int,
     offset: int,
@@ -201,7 +182,7 @@ def test_windows_caps_and_sinks(
     [(70, 37, 64, 2, 2), (20, 37, 128, 7, 1), (31, 0, 96, 1, 1), (35, 37, 256, 2, 1), (9, 70, 32, 3, 1)],
 )
 def test_a_quantized_cache(
-    simulator: Simulator | Emulator,
+    simulator: Backend,
     rng: np.random.Generator,
     n: int,
     offset: int,
@@ -215,7 +196,7 @@ def test_a_quantized_cache(
         assert nmse(a_pass.run(simulator), a_pass.expected()) <= LIMIT
 
 
-def test_great_scores(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
+def test_great_scores(simulator: Backend, rng: np.random.Generator) -> None:
     """Scores of several hundreds that grow and fall along the keys: no weight overflows, and the greatest counts."""
     a_pass = Pass(rng, 40, 60, 64, 2, 1)
     a_pass.qkv[:, :2] = 32  # exact as halves, also with the scale
@@ -226,7 +207,7 @@ def test_great_scores(simulator: Simulator | Emulator, rng: np.random.Generator)
     assert nmse(found, expected) <= LIMIT
 
 
-def test_many_small_weights(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
+def test_many_small_weights(simulator: Backend, rng: np.random.Generator) -> None:
     """Weights below 2^-14 of the greatest, whose halves would be subnormal, count where there are many."""
     a_pass = Pass(rng, 20, 380, 64, 2, 1)
     a_pass.qkv[:, :2], a_pass.scale = 1, float(np.float32(1 / (64 * np.log2(np.e))))
@@ -240,7 +221,7 @@ def test_many_small_weights(simulator: Simulator | Emulator, rng: np.random.Gene
     assert nmse(found, expected) <= 1e-5
 
 
-def test_nan(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
+def test_nan(simulator: Backend, rng: np.random.Generator) -> None:
     """Of a query it goes to all of its head, of a value to its place, from its token on."""
     if isinstance(simulator, Emulator) and simulator.target in ("gfx90a", "gfx942"):
         pytest.skip("the emulator's MFMA takes halves that are NaN for numbers")
@@ -256,7 +237,7 @@ def test_nan(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
     assert not found[:, :, 8:][~expected[:, :, 8:]].any()
 
 
-def test_the_same_as_one_at_a_time(simulator: Simulator | Emulator, rng: np.random.Generator) -> None:
+def test_the_same_as_one_at_a_time(simulator: Backend, rng: np.random.Generator) -> None:
     """What later tokens are does not matter to a bit: a pass and its beginning agree."""
     whole = Pass(rng, 50, 5, 128, 4, 2)
     found = whole.run(simulator)

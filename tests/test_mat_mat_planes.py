@@ -16,8 +16,9 @@ import pytest
 import emulator
 import reference
 from emulator import Emulator
+from engine_runs import weights
 from hipquant import wiring
-from hipquant.quants import WEIGHT_TYPES, QuantType, activation_bytes, padded, plane_bytes, plane_units, quant_type
+from hipquant.quants import WEIGHT_TYPES, QuantType, activation_bytes, padded, plane_bytes, quant_type
 from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.cases import random_blocks
 from hipquant.toolchain.simulate import Simulator
@@ -55,15 +56,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[tuple[Backend, float]]:
         tolerance = BY_MATRIX_UNITS if units else BY_DOTS
     yield found, tolerance
     found.close()
-
-
-def weights(backend: Backend, kind: QuantType, rows: int, k: int) -> tuple[Raw, Wide]:
-    """A random matrix in planes, and its values."""
-    blocks = random_blocks(kind, rows, k)
-    planes = np.full(plane_bytes(kind, rows, k), 0xA5, np.uint8)
-    row = wiring.kernel(f"repack_{kind.suffix}")
-    backend.launch(row, row.grid(nrows=rows, units=plane_units(k)), (blocks, planes, k, rows, 0, rows))
-    return planes, reference.dequantize(kind, blocks, (rows, k)).astype(np.float64)
 
 
 def activations(x: Floats) -> tuple[Raw, Wide]:

@@ -15,11 +15,12 @@ import pytest
 
 import emulator
 import reference
+from engine_runs import activations, normal, poison, weights
 from hipquant import wiring
 from hipquant.models.gpu_weights import EpilogueKind
-from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType, padded, plane_bytes, plane_units
-from hipquant.toolchain import cases, gpu, simulate
-from planes import UNIT, UNIT_BYTES, Backend, Bytes, Floats, Wide, check_planes, decoded, launch
+from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType, padded
+from hipquant.toolchain import gpu, simulate
+from planes import UNIT, UNIT_BYTES, Backend, Floats, Wide, check_planes, launch
 
 Ints = npt.NDArray[np.int32]
 
@@ -50,21 +51,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     found.close()
 
 
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    return np.random.default_rng([ord(c) for c in request.node.name])
-
-
 def ints(*shape: int) -> Ints:
     return np.full(shape, -7, np.int32)
-
-
-def normal(rng: np.random.Generator, *shape: int) -> Floats:
-    return rng.standard_normal(shape).astype(np.float32)
-
-
-def poison(*shape: int) -> Floats:
-    return np.full(shape, np.nan, np.float32)
 
 
 def choose(backend: Backend, logits: Floats, used: int) -> tuple[Ints, Floats, Ints, Ints]:
@@ -144,23 +132,10 @@ class Experts:
     ) -> None:
         self.backend, self.kind, self.experts, self.rows = backend, kind, experts, rows
         self.k, all_rows = padded(k, kind.block_size), experts * rows
-        blocks, self.n_padded = cases.random_blocks(kind, all_rows, self.k), padded(self.k)
-        x = np.zeros((columns, self.n_padded), np.float32)
-        x[:, : self.k] = normal(rng, columns, self.k)
-        if kind in FLOAT_TYPES:
-            self.w: Bytes = np.zeros((all_rows, plane_units(self.k) * UNIT * kind.block_bytes), np.uint8)
-            self.w[:, : blocks.shape[1]] = blocks
-            self.y: Bytes | Floats = x
-            values, self.x = cases.values(kind, blocks, self.k), x[:, : self.k].astype(np.float64)
-        else:
-            self.w = np.full(plane_bytes(kind, all_rows, self.k), POISON, np.uint8)
-            sizes = {"nrows": all_rows, "units": plane_units(self.k)}
-            launch(backend, f"repack_{kind.suffix}", sizes, blocks, self.w, self.k, all_rows, 0, all_rows)
-            self.y = np.full((columns, self.n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
-            launch(backend, "quantize_q8", {"n_padded": self.n_padded, "rows": columns}, x, self.y, self.n_padded)
-            values, self.x = reference.dequantize(kind, blocks, (all_rows, self.k)), decoded(self.y, self.n_padded)
-            self.x = self.x[:, : self.k]
-        self.values: Wide = values.astype(np.float64).reshape(experts, rows, self.k)
+        self.n_padded = padded(self.k)
+        self.w, values = weights(backend, kind, all_rows, self.k)
+        self.y, self.x = activations(backend, kind, normal(rng, columns, self.k), self.n_padded)
+        self.values = values.reshape(experts, rows, self.k)
 
 
 @dataclass(frozen=True)

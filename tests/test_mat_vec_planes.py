@@ -1,8 +1,6 @@
 """`mul_mat_vec_{planes,norm,gate}_*`: weights in planes times up to 8 columns, and what becomes of that.
 
-The kernels are simulated under AddressSanitizer and UBSan, against float64 on the weights and activations as they were
-quantized. Where AMD_EMULATOR names a checkout of tinygrad, its emulator executes the machine code of four AMD targets
-as well.
+The kernels are simulated and emulated, against float64 on the weights and activations as they were quantized.
 """
 
 from __future__ import annotations
@@ -17,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import emulator
 import reference
+from engine_runs import EMULATED, EPS, NULL, activations, needs_sanitizers, normal, poison, started, weights
 from hipquant import wiring
-from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType, padded, plane_bytes, plane_units, quant_type
-from hipquant.toolchain import cases, gpu, simulate
+from hipquant.quants import MATRIX_TYPES, QuantType, padded, plane_units, quant_type
+from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.compile import fingerprint
 from planes import (
     QK,
@@ -31,8 +29,6 @@ from planes import (
     Bytes,
     Floats,
     Wide,
-    decoded,
-    launch,
     parts_of,
     quantized,
 )
@@ -40,26 +36,21 @@ from planes import (
 Halves = npt.NDArray[np.uint16]
 Params = tuple[npt.NDArray[np.generic] | int, ...]
 
-NULL, POISON, NAN = 0, 0xA5, 0x7E55
+POISON, NAN = 0xA5, 0x7E55
 # NMSE. Products of integers are exact: what is left is a float sum, whose few results may nearly cancel. Matrix units
 # multiply what was rounded to halves.
 PRODUCTS, BY_MATRIX_UNITS = 1e-11, 4e-7
-EPS = 1e-5
 # With matrix units, and copies to shared memory: a type for each kind of scales and minimums, and of planes.
 TILE_TYPES = ("Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q5_K", "Q6_K")
 NO_PLANES: tuple[int, ...] = (NULL, 0)  # q, n_padded_q
 # k_cache, v_cache, rope, position, slot, n_head, n_head_kv, head_dim, n_rot, n_context
 NO_ROPE: tuple[int, ...] = (NULL, NULL, NULL, NULL, NULL, 1, 1, 2, 0, 1)
-pytestmark = pytest.mark.skipif(
-    not simulate.can_sanitize(),
-    reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
-)
+pytestmark = needs_sanitizers
 
 SIMULATED = [
     pytest.param((wave, units), id=f"wave{wave}{'-matrix-units' if units else ''}")
     for wave, units in ((32, False), (64, False), (32, True))
 ]
-EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
 
 
 class Epilogue(IntEnum):
@@ -93,53 +84,10 @@ def of_tile_types() -> Path:
 
 @pytest.fixture(scope="module", params=SIMULATED + EMULATED)
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
-    """The sources simulated; and, where there is an emulator, the machine code of four AMD targets on that."""
-    if isinstance(request.param, str):
-        found = Runner(emulator.engine(request.param), False)
-    else:
-        wave, units = request.param
-        products = of_tile_types() if units else gpu.ENGINE / "mat_vec_planes.hip"
-        sources = [gpu.ENGINE / "repack.hip", gpu.ENGINE / "activation.hip", products]
-        found = Runner(simulate.build(wave, True, sources, matrix_units=units), units)
-    yield found
-    found.backend.close()
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    return np.random.default_rng([ord(c) for c in request.node.name])
-
-
-def normal(rng: np.random.Generator, *shape: int) -> Floats:
-    return rng.standard_normal(shape).astype(np.float32)
-
-
-def poison(*shape: int) -> Floats:
-    return np.full(shape, np.nan, np.float32)
-
-
-def weights(backend: Backend, kind: QuantType, rows: int, k: int) -> tuple[Bytes, Wide]:
-    """A random matrix as the engine keeps it, and its values: rows of floats are filled up with zeros to units."""
-    blocks = cases.random_blocks(kind, rows, k)
-    if kind in FLOAT_TYPES:
-        wide = np.zeros((rows, plane_units(k) * UNIT * kind.block_bytes), np.uint8)
-        wide[:, : blocks.shape[1]] = blocks
-        return wide, cases.values(kind, blocks, k).astype(np.float64)
-    planes = np.full(plane_bytes(kind, rows, k), POISON, np.uint8)
-    launch(backend, f"repack_{kind.suffix}", {"nrows": rows, "units": plane_units(k)}, blocks, planes, k, rows, 0, rows)
-    return planes, reference.dequantize(kind, blocks, (rows, k)).astype(np.float64)
-
-
-def activations(backend: Backend, kind: QuantType, x: Floats, n_padded: int) -> tuple[Bytes | Floats, Wide]:
-    """Columns as a product with weights of a type takes them, and the values that these stand for."""
-    columns, k = x.shape
-    floats = np.zeros((columns, n_padded), np.float32)
-    floats[:, :k] = x
-    if kind in FLOAT_TYPES:
-        return floats, x.astype(np.float64)
-    q = np.full((columns, n_padded // UNIT * UNIT_BYTES), POISON, np.uint8)
-    launch(backend, "quantize_q8", {"n_padded": n_padded, "rows": columns}, floats, q, n_padded)
-    return q, decoded(q, n_padded)[:, :k]
+    which, units = request.param if isinstance(request.param, tuple) else (request.param, False)
+    products = of_tile_types() if units else gpu.ENGINE / "mat_vec_planes.hip"
+    with started(which, "repack", "activation", products, matrix_units=units) as backend:
+        yield Runner(backend, units)
 
 
 @dataclass(frozen=True)

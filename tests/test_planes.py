@@ -1,7 +1,6 @@
 """Weights in planes: what `repack_*` writes is taken apart by numpy, and what `get_rows_planes_*` reads is gguf's.
 
-The kernels are simulated under AddressSanitizer and UBSan. Where AMD_EMULATOR names a checkout of tinygrad, its
-emulator executes the machine code of four AMD targets as well. The layouts are those of `kernels/gpu/planes.h`.
+The kernels are simulated and emulated. The layouts are those of `kernels/gpu/planes.h`.
 """
 
 from __future__ import annotations
@@ -12,24 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import emulator
 import reference
-from emulator import Emulator
+from engine_runs import EMULATED, WAVES, needs_sanitizers, started
 from hipquant import wiring
 from hipquant.quants import WEIGHT_TYPES, QuantType, padded, plane_bytes, plane_units
-from hipquant.toolchain import gpu, simulate
 from hipquant.toolchain.cases import random_blocks, random_bytes
-from hipquant.toolchain.simulate import Simulator
+from planes import Backend
 
 Raw = npt.NDArray[np.uint8]
 POISON = 0xA5
-pytestmark = pytest.mark.skipif(
-    not simulate.can_sanitize(),
-    reason="the run time of AddressSanitizer and UBSan comes with gcc, which is not installed",
-)
+pytestmark = needs_sanitizers
 
-WAVES = [pytest.param(wave, id=f"wave{wave}") for wave in (32, 64)]
-EMULATED = [pytest.param(target, id=target) for target in emulator.engine_targets()]
 # Of a type: pieces of 16 bytes of a unit, the sizes of what else a unit has, and of what a super-block has.
 LAYOUTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "Q4_0": (2, (4,), ()),
@@ -46,14 +38,9 @@ LAYOUTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
 
 
 @pytest.fixture(scope="module", params=WAVES + EMULATED)
-def simulator(request: pytest.FixtureRequest) -> Iterator[Simulator | Emulator]:
-    """The source simulated; and, where there is an emulator, the machine code of four AMD targets on that."""
-    if isinstance(request.param, str):
-        found: Simulator | Emulator = emulator.engine(request.param)
-    else:
-        found = simulate.build(request.param, True, gpu.ENGINE / "repack.hip")
-    yield found
-    found.close()
+def simulator(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with started(request.param, "repack") as found:
+        yield found
 
 
 def sections(kind: QuantType, planes: Raw, rows: int, units: int) -> list[Raw]:
@@ -151,9 +138,7 @@ def blocks_of(kind: QuantType, planes: Raw, rows: int, k: int) -> Raw:
     return found[:, :n].reshape(rows, -1)
 
 
-def repack(
-    simulator: Simulator | Emulator, kind: QuantType, blocks: Raw, planes: Raw, first: int, rows: int, k: int
-) -> None:
+def repack(simulator: Backend, kind: QuantType, blocks: Raw, planes: Raw, first: int, rows: int, k: int) -> None:
     """Puts blocks, at an address that is no more than even, in planes of `rows` rows."""
     row = wiring.kernel(f"repack_{kind.suffix}")
     grid = row.grid(nrows=len(blocks), units=plane_units(k))
@@ -170,9 +155,7 @@ def row_of(kind: QuantType, nblocks: int) -> int:
     ("nblocks", "parts"),
     [(1, [1]), (3, [2, 1, 3]), (8, [4, 9]), (35, [13, 17])],  # the last part is more than a block of threads
 )
-def test_repacking_can_be_undone(
-    simulator: Simulator | Emulator, kind: QuantType, nblocks: int, parts: list[int]
-) -> None:
+def test_repacking_can_be_undone(simulator: Backend, kind: QuantType, nblocks: int, parts: list[int]) -> None:
     """Random bytes come back bit for bit, and each part touches its own rows alone."""
     rows, k, first = sum(parts), row_of(kind, nblocks), 0
     blocks = random_bytes(kind, rows, k)
@@ -190,9 +173,7 @@ def test_repacking_can_be_undone(
 @pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda t: t.suffix)
 @pytest.mark.parametrize("make", [random_blocks, random_bytes])
 @pytest.mark.parametrize("nblocks", [1, 3, 6, 37])
-def test_rows(
-    simulator: Simulator | Emulator, kind: QuantType, make: Callable[[QuantType, int, int], Raw], nblocks: int
-) -> None:
+def test_rows(simulator: Backend, kind: QuantType, make: Callable[[QuantType, int, int], Raw], nblocks: int) -> None:
     """Rows by id are what gguf makes of the file's blocks, bit for bit; those of no row are zeros."""
     rows, k = 5, row_of(kind, nblocks)
     blocks = make(kind, rows, k)

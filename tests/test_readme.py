@@ -71,7 +71,7 @@ def test_figures_of_gpu_models_are_those_of_the_result() -> None:
     assert f"read ceiling of {result['read_ceiling_GB/s']:.0f} GB/s of the same run" in " ".join(README.split())
     assert len(result["models"]) == 4
     for model in result["models"]:
-        size, kind = model["model"].removesuffix(".gguf").split("-")
+        size, _, kind = model["model"].removesuffix(".gguf").rpartition("-")
         cells = [f"{size} {kind.replace('q', 'Q', 1)}"]
         for test in ("decode", "batch 8", "prompt 512", "prompt 2048"):
             share = f" ({model[test]['fraction_of_ceiling']:.0%})" if test == "decode" else ""

@@ -6,7 +6,7 @@ Weights are tensors of GGUF blocks, shape (rows, k). Activations are float32 ten
 They return when the launch is queued; `Tensor.numpy()` waits for the device's stream. After a launch on a stream of
 one's own, synchronize that one first.
 
-Source of the formats and of the names: ggml (llama.cpp) and Candle; see quants.py and wiring.py.
+Source of the formats and of the names: ggml (llama.cpp) and Candle; see quants.py and wiring/.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def gpu_header(which: str = "hip") -> str:
     planes = (f"{t.suffix}, {t.name}" for t in WEIGHT_TYPES)
     dequantize_mat_vec = (f"{names[find('dequantize_mul_mat_vec', t).name]}, {t.name}" for t in WEIGHT_TYPES)
     return (
-        f"// Generated from quants.py and wiring.py, name profile {which}.\n#pragma once\n"
+        f"// Generated from quants.py and wiring/, name profile {which}.\n#pragma once\n"
         + includes
         + _rows("HQ_DEQUANTIZE_TYPES", dequantize())
         + _rows("HQ_DEQUANTIZE_MAT_VEC", dequantize_mat_vec)

@@ -24,7 +24,7 @@ SOURCES = PACKAGE / "kernels" / "gpu"
 UMBRELLA = SOURCES / "quantized.hip"
 ENGINE = SOURCES / "engine"
 ENGINE_UMBRELLA = ENGINE / "engine.hip"
-SIMULATION = ("simulate.h", "simulate.cpp")  # what no GPU's object includes
+SIMULATION = ("simulate.h", "simulate_fibers.h", "simulate_lanes.h")  # what no GPU's object includes
 HEADERS = "gpu"  # the folder of a build that holds the generated types.h
 # No contraction and no fast math: dequantization is bit for bit. No header of this machine's C library either.
 FLAGS = "-O3 -std=c++17 -ffp-contract=off -nostdlibinc".split()

@@ -1,4 +1,4 @@
-// The third branch of device.h: kernels as functions of the host. Each thread of a block is a fiber (simulate.cpp);
+// The third branch of device.h: kernels as functions of the host. Each thread of a block is a fiber (simulate_fibers.h);
 // barriers and what a team does together wait for all of them, and know from where each of them came. Whatever a GPU
 // would not forgive, or would forgive only by chance, ends the simulation with a sentence.
 #pragma once
