@@ -20,6 +20,7 @@ from engine_runs import (
     rms_norm,
     started,
 )
+from hipquant import wiring
 from hipquant.quants import padded
 from kv_cache import Cache, decoded, quantized
 from planes import QK, UNIT_BYTES, Backend, Bytes, Floats, Wide, check_planes, launch
@@ -216,7 +217,8 @@ class Decode:
         arrays = self.qkv, *cache.arrays, self.partial, y, q, counters, position, self.slot
         numbers = n_head, n_head_kv, head_dim, self.n_context, self.splits, n_padded, self.scale
         scores = self.softcap, self.window, self.sinks
-        launch(simulator, f"attention_decode_{self.cache_type}", sizes, *arrays, *numbers, *scores)
+        name = wiring.attention("decode", self.cache_type, head_dim)
+        launch(simulator, name, sizes, *arrays, *numbers, *scores)
         assert not counters.any()
 
     def share(self, token: int, head: int, begin: int, end: int) -> tuple[Wide, float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -24,7 +25,7 @@ from hipquant.toolchain.facts import ptx_facts
 from hipquant.toolchain.gpu import engine_objects
 from hipquant.toolchain.inspect import inspect
 from hipquant.toolchain.verify import SIZES, check, is_engine, summary
-from hipquant.wiring import CACHE_TYPES, COMPATIBILITY, GPU_ENGINE, Kind
+from hipquant.wiring import CACHE_TYPES, COMPATIBILITY, GPU_ENGINE, Kind, attention
 
 LDS = 48 << 10  # bytes that every GPU gives a block
 NAMES = {k.name for k in GPU_ENGINE}
@@ -101,10 +102,11 @@ def has_matrix_units(target: GpuTarget) -> bool:
 def test_instructions_that_a_target_has(target: GpuTarget) -> None:
     """Attention of long passes multiplies matrices, products of quantized weights take int8 dot products."""
     facts = json.loads((ENGINE.folder / FACTS).read_text())[built(target).stem]["kernels"]
-    for cache_type in CACHE_TYPES:
-        assert bool(facts[f"attention_prefill_{cache_type}"]["matrix"]) == has_matrix_units(target)
+    for cache_type, head_dim in itertools.product(CACHE_TYPES, (64, 96, 128)):
+        name = attention("prefill", cache_type, head_dim)
+        assert bool(facts[name]["matrix"]) == has_matrix_units(target), name
     for row in GPU_ENGINE:
-        if row.family in ("mul_mat_vec_planes", "mul_mat_vec_norm"):
+        if row.family in ("mul_mat_vec_planes", "mul_mat_vec_norm", "mul_mat_vec_gate"):
             # On NVIDIA, matrix units multiply 4 columns and more.
             unused, used = ("dot4", "matrix") if target.vendor == "nvidia" and row.batch > 2 else ("matrix", "dot4")
             assert bool(facts[row.name][used]) == (target.dot4 and row.type in WEIGHT_TYPES), row.name

@@ -22,7 +22,6 @@ from reference import nmse
 
 Halves = npt.NDArray[np.uint16]
 
-ROW = wiring.kernel("attention_prefill_f16")
 LIMIT = 1e-6  # NMSE: queries and weights are rounded to halves
 NAN = 0x7E00
 pytestmark = needs_sanitizers
@@ -71,7 +70,7 @@ class Pass:
         y = np.full((self.n, self.n_padded), np.nan, np.float32)
         position = np.arange(self.offset, self.length, dtype=np.int32)
         slot = np.ones(self.n, np.int32)
-        row = wiring.kernel(f"attention_prefill_{self.cache_type}")
+        row = wiring.kernel(wiring.attention("prefill", self.cache_type, head_dim))
         grid = row.grid(n_head=n_head, n_head_kv=n_head_kv, ntokens=self.n)
         numbers = n_head, n_head_kv, head_dim, self.n_context, self.n, self.n_padded, self.scale
         numbers = *numbers, self.softcap, self.window, self.sinks  # type: ignore[assignment]
@@ -256,4 +255,4 @@ def test_matrix_instructions(target: GpuTarget) -> None:
     facts = json.loads((ENGINE.folder / FACTS).read_text())[path.stem]["kernels"]
     cdna = target.name in ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx9-4-generic")
     expected = cdna or target.vendor == "nvidia" or target.name.startswith(("gfx11", "gfx12"))
-    assert (facts[ROW.name]["matrix"] > 0) == expected
+    assert (facts[wiring.attention("prefill", "f16", 128)]["matrix"] > 0) == expected

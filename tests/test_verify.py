@@ -81,7 +81,7 @@ def test_what_this_installation_embeds() -> None:
     found = inspect_installed()
     # Attention holds more scalars than some AMD targets have registers for: they go to lanes of vector registers.
     told = {(f.severity, f.kernel, f.message.partition(" ")[0]) for f in check(found)}
-    names = {f"attention_{kind}_{cache_type}" for kind in ("decode", "prefill") for cache_type in wiring.CACHE_TYPES}
+    names = {k.name for k in wiring.GPU_ENGINE if k.name.startswith("attention_")}
     assert told <= {("warning", name, "spills") for name in names}
     assert summary(found) == f"123 of 123 names in {len(found.targets)} targets"
     assert call().exit_code == 0

@@ -186,16 +186,24 @@ class Module(base.Module):
         return out.value
 
 
-_ENTRY = re.compile(rb"^\.visible \.entry (\w+)\($.*?^}$", re.MULTILINE | re.DOTALL)
+_ENTRY = b"\n.visible .entry "
+_NAME = re.compile(rb"\w+(?=\()")
 _DIRECTIVE = re.compile(rb"^\.(version|target|address_size) [^\n]*$", re.MULTILINE)
 _COMMENT = re.compile(rb"//[^\n]*")
 
 
 def ptx_pieces(image: bytes) -> dict[str, bytes]:
     """PTX as one text for each kernel; empty if there is anything that kernels share, or that is not PTX."""
-    text = image.rstrip(b"\0")
-    shared = _COMMENT.sub(b"", _DIRECTIVE.sub(b"", _ENTRY.sub(b"", text)))
-    if shared.strip():
+    text, entries, between, at = image.rstrip(b"\0") + b"\n", dict[str, bytes](), list[bytes](), 0
+    while (begin := text.find(_ENTRY, at)) >= 0:
+        name, end = _NAME.match(text, begin + len(_ENTRY)), text.find(b"\n}\n", begin)
+        if name is None or end < 0:
+            return {}
+        between.append(text[at : begin + 1])
+        at = end + 2
+        entries[name[0].decode()] = text[begin:at]
+    shared = b"".join(between) + text[at:]
+    if _COMMENT.sub(b"", _DIRECTIVE.sub(b"", shared)).strip():
         return {}
-    head = b"\n".join(m[0] for m in _DIRECTIVE.finditer(text))
-    return {m[1].decode(): head + b"\n" + m[0] + b"\n\0" for m in _ENTRY.finditer(text)}
+    head = b"\n".join(m[0] for m in _DIRECTIVE.finditer(shared))
+    return {name: head + entry + b"\n\0" for name, entry in entries.items()}

@@ -267,7 +267,7 @@ class GpuBlocks(Blocks[Products]):
     ) -> None:
         """Tokens of any sequences."""
         s, y = self.sizes, self.attended
-        kernel = wiring.kernel(f"attention_decode_{s.cache_type}")
+        kernel = wiring.kernel(wiring.attention("decode", s.cache_type, s.head_dim))
         (floats, planes), splits = into, self._splits(s, n)
         apart = s.n_head // s.n_head_kv * s.head_dim % 32 != 0  # blocks of activations straddle heads of keys
         to = (y.floats, None) if apart else (floats, planes)
@@ -283,7 +283,7 @@ class GpuBlocks(Blocks[Products]):
     ) -> None:
         """Tokens that follow each other in one sequence."""
         s, y = self.sizes, self.attended
-        kernel = wiring.kernel(f"attention_prefill_{s.cache_type}")
+        kernel = wiring.kernel(wiring.attention("prefill", s.cache_type, s.head_dim))
         heads = (s.n_head, s.n_head_kv, s.head_dim)
         grid = kernel.grid(n_head=s.n_head, n_head_kv=s.n_head_kv, ntokens=n)
         self.kernels(kernel, grid, self.qkv, *cache, y.floats, *self._tokens, *heads, self.n_context, n,

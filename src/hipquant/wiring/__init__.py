@@ -24,6 +24,7 @@ from .gpu_engine import (
     GATE_BLOCKS,
     GPU_ENGINE,
     PLANE_BATCHES,
+    attention,
     rows_to_block,
 )
 from .row import Arg, Dim3, Kernel, Kind, Silicon
@@ -48,6 +49,7 @@ __all__ = [
     "Kernel",
     "Kind",
     "Silicon",
+    "attention",
     "find",
     "kernel",
     "profile",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from ..quants import FLOAT_TYPES, WEIGHT_TYPES, QuantType
 from .row import Dim3, Kernel, _args, _ceil
 
 PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are compiled for
 CACHE_TYPES = ("f16", "q8_0")  # of the KV cache on a GPU
+DECODE_DIMS, PREFILL_DIMS = (64, 128, 256), (64, 96, 128, 256)  # values of a head, at most, that attention is for
+ANY_DIMS = {"f16": ("any",), "q8_0": ()}  # what else: for heads that are not a multiple of 8 values
 EXPERT_TILE = 64  # rows and columns of one expert that a block of mul_mat_planes_experts takes
 FLOAT_EXPERT_BATCH = 8  # columns of one expert that mul_mat_vec_experts takes at most, of float weights
 
@@ -58,22 +61,24 @@ def _gpu_engine() -> Iterator[Kernel]:
             (32, 4, 1),
             lambda n_head, n_head_kv, ntokens: (_ceil(n_head + 2 * n_head_kv, 4), ntokens, 1),
         )
-        yield kernel(
-            f"attention_decode_{cache_type}",
-            f"const float* qkv, {read}, float* partial, float* y, void* q, int* counters, const int* position,"
-            " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int splits, int n_padded,"
-            " float scale, float softcap, int window, const float* sinks",
-            (128, 1, 1),
-            lambda n_head_kv, splits, ntokens: (n_head_kv * splits, ntokens, 1),
-        )
-        yield kernel(
-            f"attention_prefill_{cache_type}",
-            f"const float* qkv, {read}, float* y, const int* position, const int* slot, int n_head, int n_head_kv,"
-            " int head_dim, int n_context, int ntokens, int n_padded, float scale, float softcap, int window,"
-            " const float* sinks",
-            (128, 1, 1),
-            lambda n_head, n_head_kv, ntokens: (n_head_kv, _ceil(ntokens * (n_head // n_head_kv), 64), 1),
-        )
+        for dims in (*DECODE_DIMS, *ANY_DIMS[cache_type]):
+            yield kernel(
+                f"attention_decode_{cache_type}_{dims}",
+                f"const float* qkv, {read}, float* partial, float* y, void* q, int* counters, const int* position,"
+                " const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int splits, int n_padded,"
+                " float scale, float softcap, int window, const float* sinks",
+                (128, 1, 1),
+                lambda n_head_kv, splits, ntokens: (n_head_kv * splits, ntokens, 1),
+            )
+        for dims in (*PREFILL_DIMS, *ANY_DIMS[cache_type]):
+            yield kernel(
+                f"attention_prefill_{cache_type}_{dims}",
+                f"const float* qkv, {read}, float* y, const int* position, const int* slot, int n_head, int n_head_kv,"
+                " int head_dim, int n_context, int ntokens, int n_padded, float scale, float softcap, int window,"
+                " const float* sinks",
+                (128, 1, 1),
+                lambda n_head, n_head_kv, ntokens: (n_head_kv, _ceil(ntokens * (n_head // n_head_kv), 64), 1),
+            )
     for name, source in (("silu_mul_q8", "gate_up"), ("gelu_mul_q8", "gate_up"), ("gelu_q8", "x")):
         yield kernel(
             name,
@@ -236,6 +241,13 @@ def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
             lambda nrows, ntokens: (_ceil(nrows, 32), ntokens, 1),
             t,
         )
+
+
+def attention(what: Literal["decode", "prefill"], cache_type: str, head_dim: int) -> str:
+    """The name of the kernel for heads of up to 256 values."""
+    compiled = DECODE_DIMS if what == "decode" else PREFILL_DIMS
+    dims = "any" if head_dim % 8 else next(n for n in compiled if n >= head_dim)
+    return f"attention_{what}_{cache_type}_{dims}"
 
 
 GATE_BLOCKS = 3  # of `mul_mat_vec_gate_*` on a processor; where there are more, `mul_mat_vec_planes_*` is faster

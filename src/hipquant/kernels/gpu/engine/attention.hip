@@ -150,18 +150,12 @@ template <int kLanes, class Rows> HQ_INLINE void attend_aligned(Share<Rows> shar
         share.queries += now * share.head_dim, share.partial += now * share.stride;
     }
 }
-template <class Rows> HQ_INLINE void attend_heads(Share<Rows> share, int heads, GroupSums* found) {
-    if constexpr (!Rows::kScaled)
-        if (share.head_dim % 8) {
-            for (int h = 0, turn = 0; h < heads; h++) {
-                attend<32, 1, 1, false>(share, 1, found, turn);
-                share.queries += share.head_dim, share.partial += share.stride;
-            }
-            return;
-        }
-    if (share.head_dim <= 64) attend_aligned<8>(share, heads, found);
-    else if (share.head_dim <= 128) attend_aligned<16>(share, heads, found);
-    else attend_aligned<32>(share, heads, found);
+// The same of heads whose rows are not whole vectors.
+template <class Rows> HQ_INLINE void attend_odd(Share<Rows> share, int heads, GroupSums* found) {
+    for (int h = 0, turn = 0; h < heads; h++) {
+        attend<32, 1, 1, false>(share, 1, found, turn);
+        share.queries += share.head_dim, share.partial += share.stride;
+    }
 }
 
 constexpr int kMaxSplits = 64, kHeadsAtOnce = 32;  // as many heads are whole blocks of 32 activations
@@ -256,7 +250,8 @@ struct Decode {
     const float* sinks;
 };
 
-template <class Rows>
+// kDims: what heads may have; 0: any number of values up to 256.
+template <int kDims, class Rows>
 HQ_INLINE void attend_token(const Decode& d, const Rows& keys, const Rows& values, AttentionMemory& memory, int* last) {
     const int64_t token = block_y();
     const int head_kv = (int)block_x() / d.splits, split = (int)block_x() % d.splits;
@@ -273,7 +268,8 @@ HQ_INLINE void attend_token(const Decode& d, const Rows& keys, const Rows& value
     share.stride = stride, share.partial = parts_of_group + split * (d.head_dim + 2);
     share.head_dim = d.head_dim, share.scale = d.scale, share.cap = d.softcap * kLog2E;
     share.begin = begin, share.end = begin + each < length ? begin + each : length;
-    attend_heads(share, group, memory.found);
+    if constexpr (kDims) attend_aligned<kDims / kLaneValues>(share, group, memory.found);
+    else attend_odd(share, group, memory.found);
 
     const int found = (count + each - 1) / each;
     if (!is_last_block(d.counters + token * d.n_head_kv + head_kv, found, last)) return;
@@ -295,31 +291,43 @@ HQ_INLINE void attend_token(const Decode& d, const Rows& keys, const Rows& value
 
 // Block (head of keys and split, of at most 64, token); y and q are columns of n_padded values. A token sees `window`
 // positions up to its own, or all (0). Splits without positions, which come behind those that have some, do nothing.
-// Where there is q, heads of queries that share a head of keys have a multiple of 32 values.
-HQ_RESIDENT_KERNEL(128, 3)  // 4 would leave 128 registers, which is a few too little
-attention_decode_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial, float* y,
-    void* q, int* counters, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim,
-    int n_context, int splits, int n_padded, float scale, float softcap, int window, const float* sinks) {
-    HQ_SHARED int last;
-    HQ_SHARED AttentionMemory memory;
-    let_next_begin();
-    wait_for_inputs();
-    const Decode decode{qkv, partial, y, (uint8_t*)q, counters, position, slot, n_head, n_head_kv, head_dim, n_context,
-        splits, n_padded, scale, softcap, window, sinks};
-    attend_token(decode, HalfRows{(uint16_t*)k_cache}, HalfRows{(uint16_t*)v_cache}, memory, &last);
-}
-
-HQ_RESIDENT_KERNEL(128, 3)
-attention_decode_q8_0(const float* qkv, const int8_t* k_cache, const int8_t* v_cache, const uint16_t* k_scales,
-    const uint16_t* v_scales, float* partial, float* y, void* q, int* counters, const int* position, const int* slot,
-    int n_head, int n_head_kv, int head_dim, int n_context, int splits, int n_padded, float scale, float softcap,
-    int window, const float* sinks) {
-    HQ_SHARED int last;
-    HQ_SHARED AttentionMemory memory;
-    let_next_begin();
-    wait_for_inputs();
-    const Decode decode{qkv, partial, y, (uint8_t*)q, counters, position, slot, n_head, n_head_kv, head_dim, n_context,
-        splits, n_padded, scale, softcap, window, sinks};
-    const Q8Rows keys{(int8_t*)k_cache, (uint16_t*)k_scales}, values{(int8_t*)v_cache, (uint16_t*)v_scales};
-    attend_token(decode, keys, values, memory, &last);
-}
+// Where there is q, heads of queries that share a head of keys have a multiple of 32 values. Heads have at most as many
+// values as the name says, a multiple of 8; or any number up to 256. 4 blocks would leave 128 registers: too few.
+#define HQ_DECODE_F16(suffix, kDims)                                                                                  \
+    HQ_RESIDENT_KERNEL(128, 3)                                                                                        \
+    attention_decode_f16_##suffix(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* partial, \
+        float* y, void* q, int* counters, const int* position, const int* slot, int n_head, int n_head_kv,            \
+        int head_dim, int n_context, int splits, int n_padded, float scale, float softcap, int window,                \
+        const float* sinks) {                                                                                         \
+        HQ_SHARED int last;                                                                                           \
+        HQ_SHARED AttentionMemory memory;                                                                             \
+        let_next_begin();                                                                                             \
+        wait_for_inputs();                                                                                            \
+        const Decode decode{qkv, partial, y, (uint8_t*)q, counters, position, slot, n_head, n_head_kv, head_dim,      \
+            n_context, splits, n_padded, scale, softcap, window, sinks};                                              \
+        attend_token<kDims>(decode, HalfRows{(uint16_t*)k_cache}, HalfRows{(uint16_t*)v_cache}, memory, &last);       \
+    }
+#define HQ_DECODE_Q8_0(kDims)                                                                                         \
+    HQ_RESIDENT_KERNEL(128, 3)                                                                                        \
+    attention_decode_q8_0_##kDims(const float* qkv, const int8_t* k_cache, const int8_t* v_cache,                     \
+        const uint16_t* k_scales, const uint16_t* v_scales, float* partial, float* y, void* q, int* counters,         \
+        const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int splits,     \
+        int n_padded, float scale, float softcap, int window, const float* sinks) {                                   \
+        HQ_SHARED int last;                                                                                           \
+        HQ_SHARED AttentionMemory memory;                                                                             \
+        let_next_begin();                                                                                             \
+        wait_for_inputs();                                                                                            \
+        const Decode decode{qkv, partial, y, (uint8_t*)q, counters, position, slot, n_head, n_head_kv, head_dim,      \
+            n_context, splits, n_padded, scale, softcap, window, sinks};                                              \
+        const Q8Rows keys{(int8_t*)k_cache, (uint16_t*)k_scales}, values{(int8_t*)v_cache, (uint16_t*)v_scales};      \
+        attend_token<kDims>(decode, keys, values, memory, &last);                                                     \
+    }
+HQ_DECODE_F16(64, 64)
+HQ_DECODE_F16(128, 128)
+HQ_DECODE_F16(256, 256)
+HQ_DECODE_F16(any, 0)
+HQ_DECODE_Q8_0(64)
+HQ_DECODE_Q8_0(128)
+HQ_DECODE_Q8_0(256)
+#undef HQ_DECODE_F16
+#undef HQ_DECODE_Q8_0

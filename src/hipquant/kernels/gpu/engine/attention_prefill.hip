@@ -226,14 +226,6 @@ template <int kDims> using Way = typename ChosenWay<kDims>::Way;
 template <int kDims> using Way = Prefill<kDims>;
 #endif
 
-union PrefillTile {
-    Way<64>::Tile of_64;
-    Way<96>::Tile of_96;
-    Way<128>::Tile of_128;
-    Way<256>::Tile of_256;
-};
-static_assert(sizeof(PrefillTile) <= 48 << 10, "what every GPU has");
-
 // The rows from `first` on that a tile takes, values from `part` on. The copy of keys is under way while values are
 // added, and theirs while keys are weighed.
 template <int kDims, bool kVectors, class Rows>
@@ -296,8 +288,11 @@ struct PrefillPass {
     const float* sinks;
 };
 
-template <class Rows>
-HQ_INLINE void attend_pass(const PrefillPass& p, const Rows& k_cache, const Rows& v_cache, PrefillTile& tile) {
+// kDims: what heads may have, as whole vectors or not.
+template <int kDims, bool kVectors, class Rows>
+HQ_INLINE void attend_pass(
+    const PrefillPass& p, const Rows& k_cache, const Rows& v_cache, typename Way<kDims>::Tile& tile) {
+    static_assert(sizeof(tile) <= 48 << 10, "what every GPU has");
     const int head_kv = (int)block_x(), head_dim = p.head_dim, group = p.n_head / p.n_head_kv;
     const int nrows = p.ntokens * group;
     const int first = ((nrows - 1) / kPrefillRows - (int)block_y()) * kPrefillRows;
@@ -307,38 +302,46 @@ HQ_INLINE void attend_pass(const PrefillPass& p, const Rows& k_cache, const Rows
     const PrefillRows rows{p.qkv + head, p.y + head, (p.n_head + 2 * p.n_head_kv) * head_dim, p.n_padded, group,
         head_dim, nrows, p.position[0], p.scale * kLog2E, p.softcap * kLog2E,
         p.window > 0 ? (uint32_t)p.window : 1u << 31, p.sinks ? p.sinks + head_kv * group : nullptr};
-    const Rows keys = k_cache.from(cache), values = v_cache.from(cache);
-    if constexpr (!Rows::kScaled)
-        if (head_dim % 8) return attend_block<256, false>(rows, keys, values, first, tile.of_256);
-    if (head_dim <= 64) attend_block<64, true>(rows, keys, values, first, tile.of_64);
-    else if (head_dim <= 96) attend_block<96, true>(rows, keys, values, first, tile.of_96);
-    else if (head_dim <= 128) attend_block<128, true>(rows, keys, values, first, tile.of_128);
-    else attend_block<256, true>(rows, keys, values, first, tile.of_256);
+    attend_block<kDims, kVectors>(rows, k_cache.from(cache), v_cache.from(cache), first, tile);
 }
 
 // Block (head of keys, 64 rows): the last rows, which see most, come first. A token sees `window` positions up to its
-// own, or all (0); `sinks` are scores of the heads of queries, without values, or null.
-HQ_RESIDENT_KERNEL(128, 2)
-attention_prefill_f16(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y, const int* position,
-    const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, int n_padded, float scale,
-    float softcap, int window, const float* sinks) {
-    HQ_SHARED PrefillTile tile;
-    let_next_begin();
-    wait_for_inputs();
-    const PrefillPass pass{qkv, y, position, slot, n_head, n_head_kv, head_dim, n_context, ntokens, n_padded, scale,
-        softcap, window, sinks};
-    attend_pass(pass, HalfRows{(uint16_t*)k_cache}, HalfRows{(uint16_t*)v_cache}, tile);
-}
-
-HQ_RESIDENT_KERNEL(128, 2)
-attention_prefill_q8_0(const float* qkv, const int8_t* k_cache, const int8_t* v_cache, const uint16_t* k_scales,
-    const uint16_t* v_scales, float* y, const int* position, const int* slot, int n_head, int n_head_kv, int head_dim,
-    int n_context, int ntokens, int n_padded, float scale, float softcap, int window, const float* sinks) {
-    HQ_SHARED PrefillTile tile;
-    let_next_begin();
-    wait_for_inputs();
-    const PrefillPass pass{qkv, y, position, slot, n_head, n_head_kv, head_dim, n_context, ntokens, n_padded, scale,
-        softcap, window, sinks};
-    const Q8Rows keys{(int8_t*)k_cache, (uint16_t*)k_scales}, values{(int8_t*)v_cache, (uint16_t*)v_scales};
-    attend_pass(pass, keys, values, tile);
-}
+// own, or all (0); `sinks` are scores of the heads of queries, without values, or null. Heads have at most as many
+// values as the name says, a multiple of 8; or any number up to 256.
+#define HQ_PREFILL_F16(suffix, kDims, kVectors)                                                                       \
+    HQ_RESIDENT_KERNEL(128, 2)                                                                                        \
+    attention_prefill_f16_##suffix(const float* qkv, const uint16_t* k_cache, const uint16_t* v_cache, float* y,      \
+        const int* position, const int* slot, int n_head, int n_head_kv, int head_dim, int n_context, int ntokens,    \
+        int n_padded, float scale, float softcap, int window, const float* sinks) {                                   \
+        HQ_SHARED Way<kDims>::Tile tile;                                                                              \
+        let_next_begin();                                                                                             \
+        wait_for_inputs();                                                                                            \
+        const PrefillPass pass{qkv, y, position, slot, n_head, n_head_kv, head_dim, n_context, ntokens, n_padded,     \
+            scale, softcap, window, sinks};                                                                           \
+        attend_pass<kDims, kVectors>(pass, HalfRows{(uint16_t*)k_cache}, HalfRows{(uint16_t*)v_cache}, tile);         \
+    }
+#define HQ_PREFILL_Q8_0(kDims)                                                                                        \
+    HQ_RESIDENT_KERNEL(128, 2)                                                                                        \
+    attention_prefill_q8_0_##kDims(const float* qkv, const int8_t* k_cache, const int8_t* v_cache,                    \
+        const uint16_t* k_scales, const uint16_t* v_scales, float* y, const int* position, const int* slot,           \
+        int n_head, int n_head_kv, int head_dim, int n_context, int ntokens, int n_padded, float scale,               \
+        float softcap, int window, const float* sinks) {                                                              \
+        HQ_SHARED Way<kDims>::Tile tile;                                                                              \
+        let_next_begin();                                                                                             \
+        wait_for_inputs();                                                                                            \
+        const PrefillPass pass{qkv, y, position, slot, n_head, n_head_kv, head_dim, n_context, ntokens, n_padded,     \
+            scale, softcap, window, sinks};                                                                           \
+        const Q8Rows keys{(int8_t*)k_cache, (uint16_t*)k_scales}, values{(int8_t*)v_cache, (uint16_t*)v_scales};      \
+        attend_pass<kDims, true>(pass, keys, values, tile);                                                           \
+    }
+HQ_PREFILL_F16(64, 64, true)
+HQ_PREFILL_F16(96, 96, true)
+HQ_PREFILL_F16(128, 128, true)
+HQ_PREFILL_F16(256, 256, true)
+HQ_PREFILL_F16(any, 256, false)
+HQ_PREFILL_Q8_0(64)
+HQ_PREFILL_Q8_0(96)
+HQ_PREFILL_Q8_0(128)
+HQ_PREFILL_Q8_0(256)
+#undef HQ_PREFILL_F16
+#undef HQ_PREFILL_Q8_0
