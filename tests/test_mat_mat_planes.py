@@ -76,12 +76,10 @@ def activations(x: Floats) -> tuple[Raw, Wide]:
     return planes, (quants.astype(np.float64) * d[..., None]).reshape(ncols, -1)[:, :k]
 
 
-def product(
-    backend: Backend, kind: QuantType, planes: Raw, y: Raw, rows: int, k: int, family: str = "mul_mat_planes"
-) -> Floats:
+def product(backend: Backend, kind: QuantType, planes: Raw, y: Raw, rows: int, k: int) -> Floats:
     """Columns of the product, which lie GUARD rows apart; nothing is written between them."""
     stored = np.full((len(y), rows + GUARD), np.nan, np.float32)
-    row = wiring.find(family, kind)
+    row = wiring.kernel(f"mul_mat_planes_{kind.suffix}")
     sizes = (k, rows, len(y), padded(k), rows + GUARD)
     backend.launch(row, row.grid(nrows=rows, ncols=len(y)), (planes, y, stored, *sizes))
     assert np.isnan(stored[:, rows:]).all()
@@ -105,9 +103,8 @@ def test_product(backend: tuple[Backend, float], kind: QuantType, rows: int, nbl
     planes, w = weights(run, kind, rows, k)
     x = np.random.default_rng([rows, k, ncols]).standard_normal((ncols, k)).astype(np.float32)
     y, values = activations(x)
-    for family in ("mul_mat_planes", "mul_mat_planes_narrow"):
-        found = product(run, kind, planes, y, rows, k, family)
-        assert reference.nmse(found, values @ w.T) < tolerance, family
+    found = product(run, kind, planes, y, rows, k)
+    assert reference.nmse(found, values @ w.T) < tolerance
 
 
 def test_a_column_that_is_not_finite_keeps_to_itself(backend: tuple[Backend, float]) -> None:

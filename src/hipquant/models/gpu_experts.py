@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from .. import wiring
 from ..driver import Buffer
-from ..wiring import FLOAT_EXPERT_BATCH, NARROW_TILE
+from ..wiring import EXPERT_TILE, FLOAT_EXPERT_BATCH
 from .gpu_weights import Activations, Epilogue, EpilogueKind, ExpertColumns, Products
 from .layers import MAX_CAPTURED, Kernels, Layer, Sizes
 
@@ -85,7 +85,7 @@ class Mixture:
         layer.router.many(x, self.logits, n)
         self._launch_choose(n, self.counts)
         runs = *layer.gate_up.runs, *layer.down.runs
-        batch = NARROW_TILE if all(run.quantized for run in runs) else FLOAT_EXPERT_BATCH
+        batch = EXPERT_TILE if all(run.quantized for run in runs) else FLOAT_EXPERT_BATCH
         most = min(choices, choices // batch + s.n_expert)  # groups: each expert may have one that is not full
         to = self.counts, self.groups, self.token, self.column
         self.kernels(sort, sort.grid(), self.experts, *to, s.n_expert, s.n_expert_used, n, batch, most)

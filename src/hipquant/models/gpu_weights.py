@@ -125,8 +125,7 @@ class Products:
             if not run.quantized:
                 self._mat_vec(run, x, dst, n, first, Epilogue(), bias=False)
                 continue
-            tiles = "mul_mat_planes_narrow" if n <= wiring.NARROW_COLUMNS else "mul_mat_planes"
-            kernel, to = wiring.find(tiles, run.type), dst.address + 4 * run.at
+            kernel, to = wiring.find("mul_mat_planes", run.type), dst.address + 4 * run.at
             y, grid = x.of(True, first), kernel.grid(nrows=run.rows, ncols=n)
             self.kernels(kernel, grid, run.weights, y, to, self.k, run.rows, n, x.n_padded, self.rows)
         if self.bias is not None:

@@ -12,8 +12,7 @@ PLANE_BATCHES = (1, 2, 4, 8)  # columns that the mul_mat_vec_planes kernels are 
 CACHE_TYPES = ("f16", "q8_0")  # of the KV cache on a GPU
 DECODE_DIMS, PREFILL_DIMS = (64, 128, 256), (64, 96, 128, 256)  # values of a head, at most, that attention is for
 ANY_DIMS = {"f16": ("any",), "q8_0": ()}  # what else: for heads that are not a multiple of 8 values
-NARROW_TILE = 64  # rows and columns that a block of mul_mat_planes_{narrow,experts} takes, of one expert
-NARROW_COLUMNS = 64  # as many as the narrow tile is faster for (H200, 2026-11-23)
+EXPERT_TILE = 64  # rows and columns of one expert that a block of mul_mat_planes_experts takes
 FLOAT_EXPERT_BATCH = 8  # columns of one expert that mul_mat_vec_experts takes at most, of float weights
 
 
@@ -133,15 +132,14 @@ def _gpu_engine() -> Iterator[Kernel]:
             lambda nids, units: (nids, _ceil(units, 16), 1),
             t,
         )
-        for family, tile in (("mul_mat_planes", 128), ("mul_mat_planes_narrow", NARROW_TILE)):
-            yield kernel(
-                f"{family}_{t.suffix}",
-                "const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int n_padded,"
-                " int nrows_dst",
-                (32, tile // 16, 1),
-                lambda nrows, ncols, tile=tile: (_ceil(nrows, tile), _ceil(ncols, tile), 1),
-                t,
-            )
+        yield kernel(
+            f"mul_mat_planes_{t.suffix}",
+            "const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int n_padded,"
+            " int nrows_dst",
+            (32, 8, 1),
+            lambda nrows, ncols: (_ceil(nrows, 128), _ceil(ncols, 128), 1),
+            t,
+        )
     product = (
         "const void* x, const void* y, const float* squares, float eps, int ncols_x, int nrows_x, int ncols_y,"
         " int n_padded, const float* bias, float* dst"
@@ -219,8 +217,8 @@ def _gpu_experts(kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
                 f"mul_mat_planes_experts_{t.suffix}",
                 "const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int n_expert, int n_padded,"
                 " const int* groups, const int* token, int nrows_dst, void* q, int n_padded_q",
-                (32, NARROW_TILE // 16, 1),
-                lambda nrows, groups: (_ceil(nrows, NARROW_TILE), groups, 1),
+                (32, EXPERT_TILE // 16, 1),
+                lambda nrows, groups: (_ceil(nrows, EXPERT_TILE), groups, 1),
                 t,
             )
         for b in (1,) if t in WEIGHT_TYPES else (1, FLOAT_EXPERT_BATCH):

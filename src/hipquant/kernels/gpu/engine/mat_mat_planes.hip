@@ -2,9 +2,9 @@
 // grid makes a tile of 128 rows and 128 columns, a stage of 64 weights of each row at a time: a half each of units 2p
 // and 2p + 1, whose other halves are the next stage. So a thread, which has one of the two, loads its unit once and
 // unpacks half of it a stage, and shares the sectors that it reads with its neighbour. Rows and columns beyond the last
-// repeat it. `mul_mat_planes_narrow_*`: the same in tiles of 64 rows and columns, for few of these.
-// `mul_mat_planes_experts_*`: such tiles of a mixture of experts, whose columns have the same expert. Where rows are
-// gated, a tile has 32 of the first half of them, and their partners of the second.
+// repeat it. `mul_mat_planes_experts_*`: the same of a mixture of experts, in tiles of 64 rows and up to 64 columns
+// that have the same expert. Where rows are gated, a tile has 32 of the first half of them, and their partners of the
+// second.
 #include "experts.h"
 #include "halves.h"
 #include "rows.h"
@@ -376,15 +376,15 @@ template <class Q, int kTile> struct Choose<Q, kTile, false> {
     using Type = ByDots<Q, kTile>;
 };
 
-template <class Q, int kTile>
+template <class Q>
 HQ_INLINE void mul_mat_planes(
     const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y, int n_padded, int nrows_dst) {
-    using Product = typename Choose<Q, kTile>::Type;
+    using Product = typename Choose<Q, kWide>::Type;
     HQ_SHARED typename Product::Tile tile;
-    const uint32_t column = block_y() * kTile, nrows = (uint32_t)nrows_x;
+    const uint32_t column = block_y() * kWide, nrows = (uint32_t)nrows_x;
     const Problem p{(const uint8_t*)x, (const uint8_t*)y + column * column_bytes(n_padded), nullptr,
         (uint32_t)(ncols_x + kUnitWeights - 1) / kUnitWeights, (uint32_t)n_padded / kUnitWeights, nrows,
-        block_x() * kTile, (uint32_t)ncols_y - column, 0, nrows, false};
+        block_x() * kWide, (uint32_t)ncols_y - column, 0, nrows, false};
     Product product(p, thread_y() * 32 + thread_x());
     product.multiply(tile, p);
     const uint32_t stride = (uint32_t)nrows_dst;
@@ -423,15 +423,9 @@ HQ_INLINE void mul_mat_planes_experts(const void* x, const void* y, float* dst, 
     mul_mat_planes_##suffix(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y,          \
         int n_padded, int nrows_dst) {                                                                                \
         let_next_begin();                                                                                             \
-        mul_mat_planes<Q, kWide>(x, y, dst, ncols_x, nrows_x, ncols_y, n_padded, nrows_dst);                          \
+        mul_mat_planes<Q>(x, y, dst, ncols_x, nrows_x, ncols_y, n_padded, nrows_dst);                                 \
     }                                                                                                                 \
-    HQ_RESIDENT_KERNEL(2 * kNarrow, 3)                                                                                \
-    mul_mat_planes_narrow_##suffix(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int ncols_y,   \
-        int n_padded, int nrows_dst) {                                                                                \
-        let_next_begin();                                                                                             \
-        mul_mat_planes<Q, kNarrow>(x, y, dst, ncols_x, nrows_x, ncols_y, n_padded, nrows_dst);                        \
-    }                                                                                                                 \
-    HQ_RESIDENT_KERNEL(2 * kNarrow, 3)                                                                                \
+    HQ_RESIDENT_KERNEL(2 * kNarrow, 4)                                                                                \
     mul_mat_planes_experts_##suffix(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int n_expert, \
         int n_padded, const int* groups, const int* token, int nrows_dst, void* q, int n_padded_q) {                  \
         let_next_begin();                                                                                             \
