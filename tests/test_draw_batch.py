@@ -10,6 +10,8 @@ import pytest
 
 import hipquant as hq
 from hipquant.errors import ContextLengthError, DriverError
+from hipquant.models.gpu import GpuBlocks
+from hipquant.models.layers import MAX_CAPTURED
 from hipquant.models.passes import Drawing
 from hipquant.sampling import SAMPLES, Sampler, SamplingParams
 from models import write_llama
@@ -19,6 +21,12 @@ SMALL: dict[str, Any] = {
     **{"n_vocab": 96, "n_embd": 64, "n_head": 4, "n_kv": 2, "n_ff": 96, "n_layer": 1, "context": 32},
 }
 CHAINS = ({"temperature": 2.0}, {"temperature": 0.0}, {"temperature": 3.0, "top_k": 0, "top_p": 0.9}, {"top_p": 1.0})
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 8 sequences in one pass, as where there are so many that it is the faster way."""
+    monkeypatch.setattr(GpuBlocks, "wide", MAX_CAPTURED + 1)
 
 
 @pytest.fixture(scope="module", params=[("cuda", 32), ("hip", 64)], ids=lambda p: f"{p[0]}-waves-of-{p[1]}")

@@ -159,13 +159,13 @@ STACK = 160  # bytes of a thread
 @pytest.mark.skipif(PTXAS is None, reason="ptxas, which tells the registers and spills of PTX, is not installed")
 @pytest.mark.parametrize("target", NVIDIA_TARGETS, ids=lambda t: t.name)
 def test_the_ptx_needs_little_stack(target: GpuTarget, tmp_path: Path) -> None:
-    """None but for products and sampling, and little on the GPU that they are tuned for."""
+    """A word at most but for products and sampling, and little on the GPU that they are tuned for."""
     path, cubin = built(target), tmp_path / "engine.cubin"
     command = [str(PTXAS), f"-arch={target.name}", "-v", str(path), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = re.findall(r"entry function '(\w+)'.*?(\d+) bytes stack frame", done.stderr, re.DOTALL)
     assert {name for name, _ in told} == NAMES
     stacks = {name: int(nbytes) for name, nbytes in told if int(nbytes)}
-    assert all(name.startswith(("mul_mat_", "sample_")) for name in stacks), stacks
+    assert all(name.startswith(("mul_mat_", "sample_")) or nbytes <= 8 for name, nbytes in stacks.items()), stacks
     if target.name == "sm_90a":
         assert max(stacks.values(), default=0) <= STACK, stacks

@@ -98,7 +98,7 @@ def test_a_batch_of_many_sequences(kind: str, limit: float, cuda: SimulatedGpu, 
     for step in range(3):
         found, expected = (m.forward_batch(tokens, [step] * n, range(n)) for m in (model, reference))
         assert nmse(found, expected) <= limit, step
-    assert list(model.blocks.passes(n)) == [32, 5]
+    assert list(model.blocks.passes(n, model.blocks.batch)) == [32, 5]
     assert model.cached(36) == reference.cached(36) == [tokens[36]] * 3
 
 

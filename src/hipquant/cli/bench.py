@@ -153,7 +153,7 @@ class _Bench:
             found.append(self._measure(f"tg{self.n_tokens}", self._write, self.n_tokens, self.n_tokens))
         for size in batches:
             name = f"batch{size} tg{self.n_tokens}"
-            passes = self.n_tokens * len(list(self.model.blocks.passes(size)))
+            passes = self.n_tokens * len(list(self.model.blocks.passes(size, self.model.blocks.batch)))
             found.append(self._measure(name, partial(self._batch, size), size * self.n_tokens, passes))
         return found
 

@@ -38,7 +38,7 @@ class GpuBlocks(Blocks[Products]):
     """
 
     device_sampling = True
-    wide = MAX_CAPTURED + 1
+    wide = 41  # H200, 2026-11-23: 7B of Q4_0
 
     def __init__(
         self,

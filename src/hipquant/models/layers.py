@@ -146,7 +146,7 @@ class Blocks(ABC, Generic[L]):
     """
 
     batch = MAX_CAPTURED  # tokens of different sequences that a pass takes at most
-    wide = 1  # of how many on one such pass is better than passes of `MAX_CAPTURED`
+    wide = 1  # of how many tokens on one pass is better than passes of `MAX_CAPTURED`
     rows = MAX_CAPTURED  # of logits: tokens that `output` takes at most
     apart = False  # whether each token of the pass is of a sequence of its own, although the pass is long
     takes_drawn = True  # whether the next pass may be launched on a token that the host does not know yet
@@ -175,10 +175,11 @@ class Blocks(ABC, Generic[L]):
         """The blocks of each device that layers run on."""
         return (self,)
 
-    def passes(self, n: int) -> Iterator[int]:
-        """How many sequences each pass takes, where n are to get a token."""
+    def passes(self, n: int, most: int) -> Iterator[int]:
+        """How many tokens each pass takes, where there are n, and one may take `most`."""
         while n:
-            size = min(n, self.batch if n >= self.wide else MAX_CAPTURED)
+            size = min(n, most)
+            size = size if size >= self.wide else min(size, MAX_CAPTURED)
             yield size
             n -= size
 

@@ -223,9 +223,9 @@ class Model:
             )
         self._newest[slot] = None
         del self._cached[slot][position:]
-        chunk = self.blocks.chunk
-        for at in range(0, len(ids), chunk):
-            part = ids[at : at + chunk]
+        at = 0
+        for size in self.blocks.passes(len(ids), self.blocks.chunk):
+            part = ids[at : at + size]
             last = at + len(part) == len(ids)
             self._put(part, np.arange(position + at, position + at + len(part)), np.full(len(part), slot))
             if every is None:
@@ -233,8 +233,9 @@ class Model:
             else:
                 self._run_all(every[at : at + len(part)])
             self._cached[slot].extend(part.tolist())
+            at += size
             if progress is not None:
-                progress(at + len(part), len(ids))
+                progress(at, len(ids))
 
     def _put(self, *inputs: npt.NDArray[np.integer]) -> None:
         self._last_drawings = []
@@ -257,7 +258,7 @@ class Model:
                 self._check_room(sequence, position)
             logits = np.empty((n, self.n_vocab), np.float32)
             at = 0
-            for size in self.blocks.passes(n):
+            for size in self.blocks.passes(n, self.blocks.batch):
                 part = slice(at, at + size)
                 self._put(ids[part], np.asarray(positions[part]), np.asarray(sequences[part]))
                 for sequence in sequences[part]:
@@ -351,7 +352,7 @@ class Model:
                     )
                 self._check_room(drawing.sequence, drawing.position)
             drawings: list[Drawing] = []
-            for size in self.blocks.passes(len(last)):
+            for size in self.blocks.passes(len(last), self.blocks.batch):
                 part = slice(len(drawings), len(drawings) + size)
                 if list(last[part]) != self._last_drawings:
                     tokens = [self.drawn(drawing) for drawing in last[part]]

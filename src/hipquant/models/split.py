@@ -17,6 +17,7 @@ from .gpu import GpuBlocks
 from .gpu_weights import GpuWeights
 from .layers import (
     EMBEDDING,
+    MAX_CAPTURED,
     Blocks,
     Floats,
     Layer,
@@ -103,7 +104,7 @@ class SplitBlocks(Blocks[Any]):
         self.cpu, self.gpu, self._active = cpu, gpu, gpu
         self.sizes, self.kernels, self.n_context = sizes, gpu.kernels, gpu.n_context
         self.chunk, self.batch = min(cpu.chunk, gpu.chunk), min(cpu.batch, gpu.batch)
-        self.wide, self.rows = gpu.wide, gpu.rows
+        self.wide, self.rows = MAX_CAPTURED + 1, gpu.rows  # as processors read their weights once a pass
         self.nbytes_per_position = cpu.nbytes_per_position + gpu.nbytes_per_position
         self.logits, self.samples = gpu.logits, gpu.samples
         staged = gpu.weights.device.allocate_host(4 * self.chunk * sizes.n_embd)

@@ -425,7 +425,7 @@ HQ_INLINE void mul_mat_planes_experts(const void* x, const void* y, float* dst, 
         let_next_begin();                                                                                             \
         mul_mat_planes<Q>(x, y, dst, ncols_x, nrows_x, ncols_y, n_padded, nrows_dst);                                 \
     }                                                                                                                 \
-    HQ_RESIDENT_KERNEL(2 * kNarrow, 4)                                                                                \
+    HQ_RESIDENT_KERNEL(2 * kNarrow, 3)                                                                                \
     mul_mat_planes_experts_##suffix(const void* x, const void* y, float* dst, int ncols_x, int nrows_x, int n_expert, \
         int n_padded, const int* groups, const int* token, int nrows_dst, void* q, int n_padded_q) {                  \
         let_next_begin();                                                                                             \
