@@ -48,7 +48,7 @@ BATCH = 8
 # gemma2-2b, whose norms bring what a layer adds to full size. With experts, a token may even be given another one.
 LIMIT, LIMIT_OF_OTHERS = 1e-4, 1e-3
 ON_CPU = 2e9  # bytes of a model that is still checked against the CPU, where larger ones take long to load
-CHECKED, DRAWN = 24, 32  # tokens of a prompt whose logits are checked, and tokens drawn after it
+CHECKED, DRAWN = 48, 32  # tokens of a prompt whose logits are checked, and tokens drawn after it
 FIRST = tuple(range(1, 9))  # the prompt of the first token
 FIRST_TOKEN = """
 import sys, hipquant

@@ -14,7 +14,7 @@ from hipquant.codeobjects import ENGINE
 from hipquant.errors import InvalidCodeObjectError, InvalidModelFileError, OutOfDeviceMemoryError
 from hipquant.models import gpu as engine
 from hipquant.models import passes
-from hipquant.models.layers import MAX_AT_ONCE, Floats
+from hipquant.models.layers import MAX_AT_ONCE, MAX_CAPTURED, Floats
 from hipquant.quants import FLOAT_TYPES, MATRIX_TYPES, QuantType
 from models import write_llama
 from reference import LlamaReference, nmse
@@ -41,6 +41,14 @@ def cuda() -> Iterator[SimulatedGpu]:
 
 def ids(n: int, n_vocab: int = 96, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, n_vocab, n).tolist()
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> int:
+    """More than 8 tokens in one pass, which is the faster way only where they are many; from how many on that is."""
+    usual = engine.GpuBlocks.wide
+    monkeypatch.setattr(engine.GpuBlocks, "wide", MAX_CAPTURED + 1)
+    return usual
 
 
 def both(path: Path, gpu: SimulatedGpu, **options: int) -> tuple[hq.Model, hq.Model]:
@@ -101,7 +109,7 @@ def test_a_batch_of_many_sequences(
 
 
 def test_a_pass_of_many_sequences_reads_the_weights_once(cuda: SimulatedGpu, tmp_path: Path) -> None:
-    """The same launches for 41 as for 64, from a graph, the same logits each time, and about those of passes of 8."""
+    """The same launches for 9 as for 64, from a graph, the same logits each time, and about those of passes of 8."""
     write_llama(tmp_path / "m.gguf", type="Q8_0", **(SMALL | {"n_layer": 1}))
     model, tokens = hq.load(tmp_path / "m.gguf", cuda.device, sequences=MAX_AT_ONCE), ids(MAX_AT_ONCE)
 
@@ -118,11 +126,26 @@ def test_a_pass_of_many_sequences_reads_the_weights_once(cuda: SimulatedGpu, tmp
         np.testing.assert_array_equal(batches(MAX_AT_ONCE), expected)
         assert [name for name, _ in cuda.ran] == launches
     assert cuda.calls < len(launches)
-    for n in (41, 50):
+    for n in (9, 40):
         batches(n, n)
         assert [name for name, _ in cuda.ran] == launches, n
     assert nmse(batches(8), expected) <= LIMIT
     assert len(cuda.ran) > 4 * len(launches)
+
+
+def test_few_tokens_take_short_passes(
+    wide: int, cuda: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.GpuBlocks, "wide", wide)
+    write_llama(tmp_path / "m.gguf", type="Q8_0", **SMALL)
+    model, tokens = hq.load(tmp_path / "m.gguf", cuda.device), ids(wide + 10)
+    assert list(model.blocks.passes(wide - 1, 512)) == [8] * ((wide - 1) // 8) + [(wide - 1) % 8] * ((wide - 1) % 8 > 0)
+    assert list(model.blocks.passes(512 + wide + 520, 512)) == [512, 512, wide + 8]
+    assert list(model.blocks.passes(512 + 10, 512)) == [512, 8, 2]
+    for n in (wide - 1, wide):
+        cuda.ran.clear()
+        model.forward(tokens[:n], 0)
+        assert any(name.startswith("attention_prefill") for name, _ in cuda.ran) == (n == wide)
 
 
 def test_logits_of_all_tokens_after_a_long_pass(cuda: SimulatedGpu, tmp_path: Path) -> None:
