@@ -69,7 +69,7 @@ def test_gpu_figures_are_those_of_the_result() -> None:
 def test_figures_of_gpu_models_are_those_of_the_result() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "gpu-models-h200.json").read_text())
     assert f"read ceiling of {result['read_ceiling_GB/s']:.0f} GB/s of the same run" in " ".join(README.split())
-    assert len(result["models"]) == 4
+    assert len(result["models"]) == 8
     for model in result["models"]:
         size, _, kind = model["model"].removesuffix(".gguf").rpartition("-")
         cells = [f"{size} {kind.replace('q', 'Q', 1)}"]

@@ -151,7 +151,7 @@ template <int kTeams, int kColumns, int kForm> struct EpilogueThread {
         float* dst = results_of(column());
         if (gates()) {
             if (epilogue.bias) a += epilogue.bias[pair()], b += epilogue.bias[pair() + pairs()];
-            dst[pair()] = a = (epilogue.kind == kGate ? silu(a) : gelu(a)) * b;
+            dst[pair()] = a = silu_or_gelu(epilogue.kind == kGate, a) * b;
             return;
         }
         if (epilogue.bias) a += epilogue.bias[row()], b += has_both() ? epilogue.bias[row() + 1] : 0;

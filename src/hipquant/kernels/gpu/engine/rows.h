@@ -28,6 +28,12 @@ template <int kLanes> HQ_INLINE float group_max(float v) {
 HQ_INLINE float silu(float v) { return v / (1 + exp_(-v)); }
 // In its tanh form: v / 2 (1 + tanh t) is v / (1 + e^-2t), where t is sqrt(2 / pi) (v + 0.044715 v^3).
 HQ_INLINE float gelu(float v) { return v / (1 + exp_(-2 * v * (0.797884560802865f + 0.0356774081363f * v * v))); }
+// One of the two. Chosen are coefficients: of two branches, clang 22 mixes up lanes on AMD, where a kernel has others.
+HQ_INLINE float silu_or_gelu(bool is_silu, float v) {
+    const float linear = is_silu ? -1 : -1.59576912160573f, cubic = is_silu ? 0 : -0.0713548162726f;
+    const float square = v * v < 1e30f ? v * v : 1e30f;  // 0 times infinity is none
+    return v / (1 + exp_(v * (linear + cubic * square)));
+}
 
 // kValues values from value i of a column on, a multiple of kValues, to the column's planes (planes.h), which take
 // n_padded values: 32 / kValues neighbouring lanes make a block of 32 with one d. All lanes of the team take part;
@@ -54,8 +60,8 @@ HQ_INLINE void store_activations(uint8_t* column, int n_padded, int i, const flo
     const uint32_t units = (uint32_t)n_padded / kUnitWeights, u = (uint32_t)i / kUnitWeights, at = (uint32_t)i % 64;
     uint8_t* piece = column + (at / 16 * units + u) * 16 + at % 16;
     if constexpr (kValues == 4)
-        *(uint32_t*)piece = (quants[0] & 0xFF) | (quants[1] & 0xFF) << 8 | (quants[2] & 0xFF) << 16 |
-            (uint32_t)quants[3] << 24;
+        *(uint32_t*)piece =
+            (quants[0] & 0xFF) | (quants[1] & 0xFF) << 8 | (quants[2] & 0xFF) << 16 | (uint32_t)quants[3] << 24;
     else *piece = (uint8_t)quants[0];
     uint8_t* scales = column + (4 * units + u) * 16 + at / 32 * 8;
     if (at % 32 == 0) *(float*)scales = d;
@@ -63,9 +69,12 @@ HQ_INLINE void store_activations(uint8_t* column, int n_padded, int i, const flo
 }
 
 // Bytes of a column of activations in planes.
-HQ_INLINE uint64_t column_bytes(int n_padded) { return (uint64_t)((uint32_t)n_padded / kUnitWeights) * kActivationBytes; }
+HQ_INLINE uint64_t column_bytes(int n_padded) {
+    return (uint64_t)((uint32_t)n_padded / kUnitWeights) * kActivationBytes;
+}
 
-// Values i to i + 3 of row `row`, as floats and in planes, where they are wanted; whole teams come here, up to n_padded.
+// Values i to i + 3 of row `row`, as floats and in planes, where they are wanted; whole teams come here, up to
+// n_padded.
 HQ_INLINE void store_four(const Float4& v, float* y, void* q, uint64_t row, int i, int n_padded) {
     if (y && i < n_padded)
         for (int j = 0; j < 4; j++) y[row * n_padded + i + j] = v.v[j];
