@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -15,7 +16,10 @@ from .common import TargetsCommand, emit, emit_json, json_option, table
 if TYPE_CHECKING:
     from ..toolchain.inspect import Facts, Inspection, KernelInfo
 
-HEAD = ("VGPRs", "SGPRs", "LDS", "scratch", "spills", "wave", "workgroup", "dot4", "matrix", "widest load")
+HEAD = (
+    *("VGPRs", "SGPRs", "LDS", "scratch", "spills", "wave", "workgroup", "waves/SIMD"),
+    *("dot4", "matrix", "widest load"),
+)
 UNKNOWN, ABSENT = "unknown", "-"
 
 
@@ -29,7 +33,8 @@ def command(file: str | None, targets: tuple[str, ...], pattern: str | None, as_
 
     FILE is an AMD code object, an offload bundle (also compressed), a host object with one inside, PTX, a cubin or a
     CPU code object of hipquant. Without FILE: what this installation embeds, the frameworks' kernels and the engine's.
-    Registers are maxima over the kernels of a target; LDS and scratch are in bytes.
+    Registers are maxima over the kernels of a target; LDS and scratch are in bytes. Waves that a SIMD of an AMD GPU
+    holds, as registers, LDS and whole blocks allow, are the least.
     """
     from ..toolchain.inspect import inspect_file, inspect_installed
 
@@ -47,7 +52,7 @@ def command(file: str | None, targets: tuple[str, ...], pattern: str | None, as_
         _show_arguments(found)
     elif targets:
         for target, kernels in found.targets.items():
-            emit(f"{target}\n\n{_kernel_table(kernels)}\n")
+            emit(f"{target}\n\n{_kernel_table(target, kernels)}\n")
     else:
         emit(_target_table(found))
     for problem in found.problems:
@@ -71,13 +76,13 @@ def _count(found: Inspection) -> str:
 
 
 def _target_table(found: Inspection) -> str:
-    """A row a target: maxima, and for facts the number of kernels that have it."""
-    rows = [[target, str(len(kernels)), *_totals(kernels)] for target, kernels in found.targets.items()]
+    """A row a target: maxima (of waves, minima), and for facts the number of kernels that have it."""
+    rows = [[target, str(len(kernels)), *_totals(target, kernels)] for target, kernels in found.targets.items()]
     head = ("target", "kernels", *HEAD)
     return table(head, rows)
 
 
-def _totals(kernels: Sequence[KernelInfo]) -> list[str]:
+def _totals(target: str, kernels: Sequence[KernelInfo]) -> list[str]:
     facts = [k.facts for k in kernels if k.facts is not None]
     return [
         _greatest(k.vgprs for k in kernels),
@@ -87,13 +92,25 @@ def _totals(kernels: Sequence[KernelInfo]) -> list[str]:
         _greatest(_spills(k) for k in kernels),
         "/".join(sorted({str(k.wave) for k in kernels if k.wave})) or ABSENT,
         _greatest(k.max_workgroup for k in kernels),
+        min((_waves(target, k) for k in kernels), key=_number, default=ABSENT),
         _having(facts, lambda f: f.dot4),
         _having(facts, lambda f: f.matrix),
         _greatest((f.widest_load for f in facts), UNKNOWN),
     ]
 
 
-def _kernel_table(kernels: Sequence[KernelInfo]) -> str:
+def _waves(target: str, kernel: KernelInfo) -> str:
+    from ..toolchain.occupancy import occupancy
+
+    waves = occupancy(target, kernel) if target.startswith("gfx") else None
+    return ABSENT if waves is None else f"{waves:g}"
+
+
+def _number(text: str) -> float:
+    return math.inf if text == ABSENT else float(text)
+
+
+def _kernel_table(target: str, kernels: Sequence[KernelInfo]) -> str:
     rows = []
     for k in kernels:
         numbers = [k.vgprs, k.sgprs, k.lds, k.scratch, _spills(k), k.wave, k.max_workgroup]
@@ -104,6 +121,7 @@ def _kernel_table(kernels: Sequence[KernelInfo]) -> str:
                 k.name,
                 ABSENT if k.args is None else str(len(k.args)),
                 *(ABSENT if n is None else str(n) for n in numbers),
+                _waves(target, k),
             ]
             + ([str(n) for n in counts] if counts else [UNKNOWN] * 3)
         )
@@ -126,7 +144,7 @@ def _show_arguments(found: Inspection) -> None:
                 continue
             rows = [[a.name or ABSENT, a.kind or UNKNOWN, str(a.offset), str(a.size)] for a in args]
             emit(table(("argument", "kind", "offset", "size"), rows, words=2) + "\n")
-        rows = [[target, *_totals([k])] for target, k in places]
+        rows = [[target, *_totals(target, [k])] for target, k in places]
         emit(table(("target", *HEAD), rows) + "\n")
 
 
