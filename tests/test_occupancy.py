@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import occupancy as document
 from hipquant.codeobjects import ENGINE
 from hipquant.toolchain.kernel_info import KernelInfo
