@@ -187,7 +187,7 @@ class Module(base.Module):
 
 
 _ENTRY = b"\n.visible .entry "
-_NAME = re.compile(rb"\w+(?=\()")
+_NAME = re.compile(rb"\w+(?=\(\n)")
 _DIRECTIVE = re.compile(rb"^\.(version|target|address_size) [^\n]*$", re.MULTILINE)
 _COMMENT = re.compile(rb"//[^\n]*")
 
