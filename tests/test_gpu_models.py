@@ -148,6 +148,23 @@ def test_few_tokens_take_short_passes(
         assert any(name.startswith("attention_prefill") for name, _ in cuda.ran) == (n == wide)
 
 
+def test_gates_out_of_reach(cuda: SimulatedGpu, tmp_path: Path) -> None:
+    """Rows of gate and up that 32 bits do not reach between are gated by a launch of its own."""
+    write_llama(tmp_path / "m.gguf", type="Q8_0", **SMALL)
+    model = hq.load(tmp_path / "m.gguf", cuda.device)
+    expected = model.forward([5], 0)
+    gates = [name.startswith("mul_mat_vec_gate") for name, _ in cuda.ran]
+    for layer in model.layers:
+        (run,) = layer.gate_up.runs
+        assert layer.gate_up.can_gate
+        run.weights.nbytes = 8 << 30
+        assert not layer.gate_up.can_gate
+    cuda.ran.clear()
+    assert nmse(model.forward([5, 6], 0, logits="all")[0], expected) <= LIMIT
+    names = [name for name, _ in cuda.ran]
+    assert (sum(gates), names.count("silu_mul_q8")) == (len(model.layers), len(model.layers))
+
+
 def test_logits_of_all_tokens_after_a_long_pass(cuda: SimulatedGpu, tmp_path: Path) -> None:
     """A pass that is replayed leaves what it normed as it did when it was launched."""
     write_llama(tmp_path / "m.gguf", type="Q8_0", **SMALL)

@@ -86,8 +86,8 @@ def command(
     """Measures MODEL, a GGUF file, a folder or a name (default: the demo model), on random tokens.
 
     pp: tokens of a prompt in one go; tg: one token after the other; batch: one token each of several sequences at once,
-    in one pass. Given are the median and half the range. GB/s counts the weights that are read. A report holds all of
-    it as JSON, with the device, its driver and the system, and no path or name of yours.
+    8 in a pass on a GPU. Given are the median and half the range. GB/s counts the weights that are read. A report holds
+    all of it as JSON, with the device, its driver and the system, and no path or name of yours.
     """
     if report is not None:
         _write(report, "")  # what cannot be written is said before anything is measured

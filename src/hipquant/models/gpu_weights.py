@@ -109,6 +109,12 @@ class Products:
         self.processors = self.kernels.device.compute_units
         self.rows = sum(run.rows for run in self.runs)
 
+    @property
+    def can_gate(self) -> bool:
+        """Whether short passes can gate as they multiply: gate and up are halves of one run, and 32 bits reach from a
+        row of one to that of the other (BlockRows in mat_vec_epilogue.h)."""
+        return len(self.runs) == 1 and self.runs[0].weights.nbytes < 8 << 30
+
     def wants(self, x: Activations, *beside: Products) -> tuple[Buffer | None, Buffer | None]:
         """Where their activations, and those of others, must be made: as floats, in planes, or both."""
         quantized = {run.quantized for products in (self, *beside) for run in products.runs}

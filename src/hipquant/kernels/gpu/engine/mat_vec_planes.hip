@@ -126,8 +126,8 @@ template <class Q> constexpr int unit_bytes(typename Q::Planes* = nullptr) { ret
 template <class F> constexpr int unit_bytes(typename F::IsFloat* = nullptr) { return 64; }
 
 // Blocks that shall be resident on an NVIDIA multiprocessor (H200, 2026-11-23): registers for 16 teams, for 20 where
-// they suffice, for 24 of two rows; of many columns whose products are normed there is one block anyway. wiring.py
-// knows it, too.
+// they suffice, for 24 of two rows; of many columns whose products are normed there is one block anyway.
+// wiring/gpu_engine.py knows it, too.
 template <class W> constexpr int resident(int columns, Form form) {
     if (form == kGated) return 3;
     if (columns > 2) return form == kNormed ? 1 : 2;
